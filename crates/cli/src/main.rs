@@ -1,0 +1,3 @@
+//! The `ruse` program.
+
+fn main() {}

@@ -1,0 +1,202 @@
+//! Guest physical memory: where RAM lies, the host memory behind it, and who must hear of writes to it.
+//!
+//! RAM is one memfd mapped shared, so that other processes and other mappings see the same bytes. Accesses of devices
+//! and loaders go through the `vm-memory` crate ([`GuestRam::memory`]), which reports each write to the
+//! [`PageTracker`]; accesses of vCPUs go through raw host addresses ([`GuestRam::host_page`]).
+
+mod tracker;
+
+use std::{fs::File, os::fd::AsRawFd, sync::Arc};
+
+pub use tracker::{PageTracker, WriteListener};
+use vm_memory::bitmap::NewBitmap;
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
+
+/// `vm-memory`'s collection of regions with Ruse's tracker.
+pub type GuestMemoryMmap = vm_memory::GuestMemoryMmap<PageTracker>;
+
+/// Size of the smallest page in bytes.
+pub const PAGE_SIZE: u64 = 4096;
+/// RAM below 4 GiB ends here at the latest; PCI windows and chips lie above.
+pub const LOW_RAM_END: u64 = 0xc000_0000;
+/// RAM that does not fit below [`LOW_RAM_END`] goes on here.
+pub const HIGH_RAM_START: u64 = 1 << 32;
+/// Most RAM of a VM in bytes: what fits under the presented physical address width with room for PCI windows.
+pub const MAX_RAM: u64 = 1 << 40;
+
+/// Why RAM could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum MemoryError {
+    /// A size that is zero, not in whole pages or above [`MAX_RAM`].
+    #[error("{0} bytes is not a possible size of RAM: whole 4 KiB pages up to 1 TiB")]
+    Size(u64),
+    /// The host refused.
+    #[error("cannot reserve {size} bytes for the guest's RAM: {source}")]
+    Host {
+        /// Bytes asked for.
+        size: u64,
+        /// The host's answer.
+        source: std::io::Error,
+    },
+}
+
+/// A run of RAM in guest physical space with the host memory behind it.
+#[derive(Clone, Copy, Debug)]
+pub struct RamRegion {
+    /// First guest physical address.
+    pub gpa: u64,
+    /// Bytes.
+    pub size: u64,
+    /// Where the region is mapped in this process.
+    pub host: *mut u8,
+}
+
+// SAFETY: a `RamRegion` is only a description; the memory behind it is shared by nature (guest CPUs race on it) and
+// stays mapped as long as the `GuestRam` that it came from.
+unsafe impl Send for RamRegion {}
+// SAFETY: see above.
+unsafe impl Sync for RamRegion {}
+
+/// The RAM of one VM. Clones share it.
+#[derive(Clone)]
+pub struct GuestRam {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    memory: GuestMemoryMmap,
+    regions: Vec<RamRegion>,
+    trackers: Vec<PageTracker>,
+    file: Arc<File>,
+    size: u64,
+}
+
+impl GuestRam {
+    /// Reserves `size` bytes of zeroed RAM: up to 3 GiB from address 0, the rest from 4 GiB.
+    pub fn new(size: u64) -> Result<Self, MemoryError> {
+        if size == 0 || !size.is_multiple_of(PAGE_SIZE) || size > MAX_RAM {
+            return Err(MemoryError::Size(size));
+        }
+        let host = |source| MemoryError::Host { size, source };
+        let fd = rustix::fs::memfd_create("guest-ram", rustix::fs::MemfdFlags::CLOEXEC)
+            .map_err(|e| host(e.into()))?;
+        let file = Arc::new(File::from(fd));
+        file.set_len(size).map_err(host)?;
+        let low = size.min(LOW_RAM_END);
+        let parts = [(0, low, 0), (HIGH_RAM_START, size - low, low)];
+        let (mut mapped, mut trackers) = (Vec::new(), Vec::new());
+        for (gpa, len, offset) in parts.into_iter().filter(|p| p.1 > 0) {
+            let backing = FileOffset::from_arc(file.clone(), offset);
+            let tracker = PageTracker::with_len(len as usize);
+            let region = MmapRegionBuilder::new_with_bitmap(len as usize, tracker.clone())
+                .with_file_offset(backing)
+                .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+                .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
+                .build()
+                .map_err(|e| host(std::io::Error::other(e)))?;
+            let region = GuestRegionMmap::new(region, GuestAddress(gpa)).ok_or(MemoryError::Size(size))?;
+            mapped.push(region);
+            trackers.push(tracker);
+        }
+        let memory = GuestMemoryMmap::from_regions(mapped).map_err(|e| host(std::io::Error::other(e)))?;
+        let regions = memory
+            .iter()
+            .map(|r| RamRegion { gpa: r.start_addr().0, size: r.len(), host: r.as_ptr() })
+            .collect::<Vec<_>>();
+        for region in &regions {
+            advise_huge(region);
+        }
+        Ok(Self { inner: Arc::new(Inner { memory, regions, trackers, file, size }) })
+    }
+
+    /// Bytes of RAM.
+    pub fn size(&self) -> u64 {
+        self.inner.size
+    }
+    /// The regions, lowest address first.
+    pub fn regions(&self) -> &[RamRegion] {
+        &self.inner.regions
+    }
+    /// Access for devices and loaders; writes through it are tracked.
+    pub fn memory(&self) -> &GuestMemoryMmap {
+        &self.inner.memory
+    }
+    /// The memfd behind RAM: the low region first, the high one after it.
+    pub fn raw_fd(&self) -> i32 {
+        self.inner.file.as_raw_fd()
+    }
+    /// Host address of the page of RAM that holds `gpa`, or `None` where there is no RAM. The page stays mapped as
+    /// long as `self`; whoever writes through the address reports it to [`Self::tracker`].
+    pub fn host_page(&self, gpa: u64) -> Option<*mut u8> {
+        let region = &self.inner.regions[self.region(gpa)?];
+        let offset = (gpa - region.gpa) & !(PAGE_SIZE - 1);
+        Some(region.host.wrapping_add(offset as usize))
+    }
+    /// The tracker of the region that holds `gpa`, and the offset of `gpa` in it.
+    pub fn tracker(&self, gpa: u64) -> Option<(&PageTracker, usize)> {
+        let index = self.region(gpa)?;
+        Some((&self.inner.trackers[index], (gpa - self.inner.regions[index].gpa) as usize))
+    }
+    /// Sets who hears of writes by devices to watched pages, for all regions. Only the first call counts.
+    pub fn set_write_listener(&self, listener: Arc<dyn WriteListener>) {
+        for (region, tracker) in self.inner.regions.iter().zip(&self.inner.trackers) {
+            tracker.set_listener(region.gpa, listener.clone());
+        }
+    }
+
+    fn region(&self, gpa: u64) -> Option<usize> {
+        self.inner.regions.iter().position(|r| gpa.wrapping_sub(r.gpa) < r.size)
+    }
+}
+
+/// Asks for huge pages behind the region; hosts may ignore it.
+fn advise_huge(region: &RamRegion) {
+    // SAFETY: the range is one mapping of this process; the advice does not change its contents.
+    unsafe { libc::madvise(region.host.cast(), region.size as usize, libc::MADV_HUGEPAGE) };
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use vm_memory::Bytes;
+
+    use super::*;
+
+    #[test]
+    fn large_ram_leaves_the_hole_free() {
+        let ram = GuestRam::new(LOW_RAM_END + 0x1000_0000).unwrap();
+        assert!(ram.host_page(LOW_RAM_END - 1).is_some());
+        assert!(ram.host_page(LOW_RAM_END).is_none());
+        assert!(ram.host_page(HIGH_RAM_START).is_some());
+        assert!(ram.host_page(HIGH_RAM_START + 0x1000_0000).is_none());
+    }
+
+    #[test]
+    fn impossible_sizes_are_refused() {
+        for size in [0, 5, 4097, MAX_RAM + PAGE_SIZE] {
+            assert!(matches!(GuestRam::new(size), Err(MemoryError::Size(_))));
+        }
+    }
+
+    #[test]
+    fn writes_to_watched_pages_are_heard() {
+        struct Log(Mutex<Vec<u64>>);
+        impl WriteListener for Log {
+            fn page_written(&self, gpa: u64) {
+                self.0.lock().unwrap().push(gpa);
+            }
+        }
+        let ram = GuestRam::new(0x10_0000).unwrap();
+        let log = Arc::new(Log(Mutex::default()));
+        ram.set_write_listener(log.clone());
+        ram.memory().write_obj(1u8, GuestAddress(0x3000)).unwrap();
+        let (tracker, offset) = ram.tracker(0x3000).unwrap();
+        tracker.watch(offset);
+        ram.memory().write_slice(&[0; 4], GuestAddress(0x2ffe)).unwrap();
+        assert_eq!(*log.0.lock().unwrap(), [0x3000]);
+        assert!(ram.tracker(0x2000).unwrap().0.take_dirty(0x2000));
+        assert!(!ram.tracker(0x2000).unwrap().0.take_dirty(0x2000));
+    }
+}
