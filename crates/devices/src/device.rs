@@ -1,0 +1,54 @@
+//! What every device is: a struct with registers that gets accesses and events, answers with values, and names its
+//! side effects as values that the machine carries out after the access. No device has threads, locks or callbacks.
+
+/// A change of the machine's power that the guest asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Power {
+    /// Soft off (ACPI S5).
+    Off,
+    /// Reset of the whole machine.
+    Reset,
+    /// End the process with this code (debug-exit device).
+    Exit(u8),
+}
+
+/// Side effects that a device names. The machine carries them out in order after the access.
+#[derive(Debug, Default)]
+pub struct Effects {
+    /// Interrupt lines (GSI numbers) and their new levels.
+    pub lines: Vec<(u8, bool)>,
+    /// Power change asked for.
+    pub power: Option<Power>,
+}
+
+impl Effects {
+    /// Sets the level of interrupt line `gsi`.
+    pub fn line(&mut self, gsi: u8, level: bool) {
+        self.lines.push((gsi, level));
+    }
+}
+
+/// The circumstances of an access.
+pub struct Access<'a> {
+    /// Nanoseconds since the machine's start.
+    pub now: u64,
+    /// Where the device puts its side effects.
+    pub effects: &'a mut Effects,
+}
+
+/// A device behind a range of ports or addresses.
+pub trait Device: Send {
+    /// Reads `data.len()` (1, 2, 4 or 8) bytes at `offset` into the device's range. Any offset and width must be
+    /// survived; what hardware would not answer reads as all ones.
+    fn read(&mut self, access: &mut Access, offset: u64, data: &mut [u8]);
+    /// Writes bytes at `offset` into the device's range.
+    fn write(&mut self, access: &mut Access, offset: u64, data: &[u8]);
+    /// When the device next wants [`Device::tick`], in nanoseconds since the machine's start.
+    fn deadline(&self) -> Option<u64> {
+        None
+    }
+    /// The deadline has passed (late or early calls are harmless).
+    fn tick(&mut self, _access: &mut Access) {}
+    /// Back to the state after power-up.
+    fn reset(&mut self, access: &mut Access);
+}
