@@ -1,1 +1,8 @@
-//! placeholder
+//! The engine that runs guest CPUs by dynamic binary translation: nothing but an ordinary Linux process is needed.
+//!
+//! Two executors share one vCPU block ([`cpu::Cpu`]) and one software MMU ([`mmu`]): [`tier0`] executes single
+//! instructions, all of them; the translator makes host code of the frequent ones.
+
+pub mod cpu;
+pub mod mmu;
+pub mod tier0;

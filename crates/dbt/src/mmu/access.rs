@@ -1,0 +1,230 @@
+//! Guest memory accesses of Rust code: tier 0, the CPU's own accesses to tables, and what generated code cannot do in
+//! place (accesses that leave a page, devices, pages with code).
+
+use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
+
+use ruse_arch::{
+    Exception,
+    flags::cr4,
+    paging::{Access, is_canonical},
+};
+
+use crate::cpu::{Cpu, Who};
+
+/// Where an access within one page leads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// RAM at this host address.
+    Ram(*mut u8),
+    /// RAM with translated code on its page: host address and guest physical address.
+    Code(*mut u8, u64),
+    /// Not RAM: guest physical address.
+    Device(u64),
+}
+
+const PAGE: u64 = 4096;
+
+/// Bytes of an access of `len` at `la` that lie in its first page.
+fn first_part(la: u64, len: usize) -> usize {
+    ((PAGE - la % PAGE) as usize).min(len)
+}
+
+impl Cpu {
+    /// Translates `size` bytes at linear address `la` that lie within one page.
+    #[inline]
+    pub fn place(&mut self, la: u64, size: usize, access: Access, who: Who) -> Result<Place, Exception> {
+        let view = match who {
+            Who::Current => self.mmu.view(),
+            Who::System => self.mmu.system_view(self.paging.cr4 & cr4::SMAP != 0),
+        };
+        if let Some(host) = view.lookup(la, size as u64, access) {
+            return Ok(Place::Ram(host));
+        }
+        self.place_slow(la, access, who)
+    }
+
+    #[cold]
+    fn place_slow(&mut self, la: u64, access: Access, who: Who) -> Result<Place, Exception> {
+        let rights = self.privilege(who);
+        let mode = self.paging;
+        let fault = |error| Exception::pf(la, error);
+        let (found, host) = self.mmu.fill(&mode, la, access, rights).map_err(fault)?;
+        Ok(match host {
+            Some(host) => Place::Ram(host),
+            None => match self.mmu.host_page(found.gpa) {
+                Some(page) => Place::Code(page.wrapping_add((found.gpa % PAGE) as usize), found.gpa),
+                None => Place::Device(found.gpa),
+            },
+        })
+    }
+
+    /// Reads `buf.len()` (at most 4096) bytes at a linear address. All pages are checked before a device is touched.
+    pub fn read_linear(&mut self, la: u64, buf: &mut [u8], who: Who) -> Result<(), Exception> {
+        let la = self.wrap(la);
+        let split = first_part(la, buf.len());
+        let first = self.place(la, split, Access::Read, who)?;
+        if split == buf.len() {
+            self.read_place(first, buf);
+            return Ok(());
+        }
+        let second = self.place(self.wrap(la + split as u64), buf.len() - split, Access::Read, who)?;
+        let (head, tail) = buf.split_at_mut(split);
+        self.read_place(first, head);
+        self.read_place(second, tail);
+        Ok(())
+    }
+
+    /// Writes bytes (at most 4096) at a linear address. All pages are checked before the first byte is written.
+    pub fn write_linear(&mut self, la: u64, bytes: &[u8], who: Who) -> Result<(), Exception> {
+        let la = self.wrap(la);
+        let split = first_part(la, bytes.len());
+        let first = self.place(la, split, Access::Write, who)?;
+        if split == bytes.len() {
+            self.write_place(first, bytes);
+            return Ok(());
+        }
+        let second = self.place(self.wrap(la + split as u64), bytes.len() - split, Access::Write, who)?;
+        let (head, tail) = bytes.split_at(split);
+        self.write_place(first, head);
+        self.write_place(second, tail);
+        Ok(())
+    }
+
+    /// Checks that `len` bytes at `la` could be accessed, and sets accessed (and, for writes, dirty) bits.
+    pub fn probe_linear(&mut self, la: u64, len: usize, access: Access, who: Who) -> Result<(), Exception> {
+        let la = self.wrap(la);
+        let split = first_part(la, len);
+        self.place(la, split, access, who)?;
+        if split < len {
+            self.place(self.wrap(la + split as u64), len - split, access, who)?;
+        }
+        Ok(())
+    }
+
+    /// Host address at which `size` (1, 2, 4, 8 or 16) bytes can be changed atomically, if they lie in RAM within one
+    /// page without code on it. `None`: the caller makes the access in parts.
+    pub fn atomic_place(&mut self, la: u64, size: usize, who: Who) -> Result<Option<*mut u8>, Exception> {
+        let la = self.wrap(la);
+        if first_part(la, size) < size {
+            return Ok(None);
+        }
+        Ok(match self.place(la, size, Access::Write, who)? {
+            Place::Ram(host) => Some(host),
+            _ => None,
+        })
+    }
+
+    /// Reads what a place holds.
+    pub fn read_place(&mut self, place: Place, buf: &mut [u8]) {
+        match place {
+            Place::Ram(host) | Place::Code(host, _) => load(host, buf),
+            Place::Device(gpa) => self.device_read(gpa, buf),
+        }
+    }
+
+    /// Writes to a place; translations of code there become void.
+    pub fn write_place(&mut self, place: Place, bytes: &[u8]) {
+        match place {
+            Place::Ram(host) => store(host, bytes),
+            Place::Code(host, gpa) => {
+                store(host, bytes);
+                self.code_written(gpa, bytes.len());
+            }
+            Place::Device(gpa) => self.device_write(gpa, bytes),
+        }
+    }
+
+    /// Bytes of a page with code were written by this vCPU.
+    pub fn code_written(&mut self, gpa: u64, len: usize) {
+        self.mmu.code.written(gpa, Some(self.id));
+        self.written_code.push((gpa, len as u32));
+        self.shared().raise(crate::cpu::request::MEMORY);
+    }
+
+    /// Linear addresses outside 64-bit mode have 32 bits.
+    #[inline]
+    pub fn wrap(&self, la: u64) -> u64 {
+        if self.mode.long { la } else { la & 0xffff_ffff }
+    }
+
+    /// Whether `la` can be used for data in the current mode.
+    #[inline]
+    pub fn is_canonical(&self, la: u64) -> bool {
+        !self.mode.code64 || is_canonical(la)
+    }
+
+    fn device_read(&mut self, gpa: u64, buf: &mut [u8]) {
+        let mut at = gpa;
+        for part in device_parts(gpa, buf.len()) {
+            let from = (at - gpa) as usize;
+            self.bus().mmio_read(self.id, at, &mut buf[from..from + part]);
+            at += part as u64;
+        }
+    }
+
+    fn device_write(&mut self, gpa: u64, bytes: &[u8]) {
+        let mut at = gpa;
+        for part in device_parts(gpa, bytes.len()) {
+            let from = (at - gpa) as usize;
+            self.bus().mmio_write(self.id, at, &bytes[from..from + part]);
+            at += part as u64;
+        }
+    }
+}
+
+/// Splits an access to a device into aligned parts of 1, 2, 4 or 8 bytes.
+fn device_parts(gpa: u64, len: usize) -> impl Iterator<Item = usize> {
+    let mut at = gpa;
+    let end = gpa + len as u64;
+    std::iter::from_fn(move || {
+        let left = end - at;
+        if left == 0 {
+            return None;
+        }
+        let part = [8u64, 4, 2, 1].into_iter().find(|&p| p <= left && at.is_multiple_of(p))?;
+        at += part;
+        Some(part as usize)
+    })
+}
+
+/// Copies from guest RAM; aligned powers of two are single accesses, as on hardware.
+pub(crate) fn load(host: *const u8, buf: &mut [u8]) {
+    let aligned = (host as usize).is_multiple_of(buf.len().max(1));
+    // SAFETY: the caller has translated `buf.len()` bytes of mapped guest RAM at `host`. Other CPUs may write there at
+    // the same time: single accesses are atomic; for the rest the guest gets what the race gives, as on hardware.
+    unsafe {
+        match buf.len() {
+            1 => buf[0] = AtomicU8::from_ptr(host.cast_mut()).load(Ordering::Acquire),
+            2 if aligned => buf.copy_from_slice(
+                &AtomicU16::from_ptr(host.cast_mut().cast()).load(Ordering::Acquire).to_le_bytes(),
+            ),
+            4 if aligned => buf.copy_from_slice(
+                &AtomicU32::from_ptr(host.cast_mut().cast()).load(Ordering::Acquire).to_le_bytes(),
+            ),
+            8 if aligned => buf.copy_from_slice(
+                &AtomicU64::from_ptr(host.cast_mut().cast()).load(Ordering::Acquire).to_le_bytes(),
+            ),
+            _ => std::ptr::copy_nonoverlapping(host, buf.as_mut_ptr(), buf.len()),
+        }
+    }
+}
+
+/// Copies to guest RAM; aligned powers of two are single accesses, as on hardware.
+pub(crate) fn store(host: *mut u8, bytes: &[u8]) {
+    let aligned = (host as usize).is_multiple_of(bytes.len().max(1));
+    // SAFETY: as in `load`; the caller has translated for writing.
+    unsafe {
+        match *bytes {
+            [b] => AtomicU8::from_ptr(host).store(b, Ordering::Release),
+            [a, b] if aligned => {
+                AtomicU16::from_ptr(host.cast()).store(u16::from_le_bytes([a, b]), Ordering::Release)
+            }
+            [a, b, c, d] if aligned => {
+                AtomicU32::from_ptr(host.cast()).store(u32::from_le_bytes([a, b, c, d]), Ordering::Release)
+            }
+            [a, b, c, d, e, f, g, h] if aligned => AtomicU64::from_ptr(host.cast())
+                .store(u64::from_le_bytes([a, b, c, d, e, f, g, h]), Ordering::Release),
+            _ => std::ptr::copy_nonoverlapping(bytes.as_ptr(), host, bytes.len()),
+        }
+    }
+}

@@ -1,0 +1,351 @@
+//! The software MMU of one vCPU: address spaces with their TLB views, fills by walking the guest's page tables,
+//! flushes as the guest asks for them.
+
+pub mod access;
+pub mod tlb;
+pub mod watch;
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicU32, AtomicU64, Ordering},
+};
+
+use ruse_arch::{
+    flags::{cr0, cr4},
+    paging::{self, Access, PagingMode, PhysMemory, Privilege, Translation},
+};
+use ruse_memory::{GuestRam, RamRegion};
+
+use self::{
+    tlb::{Entry, Fill, Jump, View},
+    watch::CodeMap,
+};
+
+/// Address spaces whose translations are kept at the same time (Linux uses six process-context identifiers).
+const SPACES: usize = 8;
+
+/// Generations of user mappings are unique over the vCPUs of the process.
+static GENERATION: AtomicU32 = AtomicU32::new(1);
+
+fn next_generation() -> u32 {
+    GENERATION.fetch_add(1, Ordering::Relaxed)
+}
+
+/// The views of one address space.
+struct Space {
+    /// Process-context identifier; 0 without CR4.PCIDE.
+    pcid: u16,
+    /// For least-recently-used replacement.
+    used: u64,
+    generation: u32,
+    /// By [`view_index`]; made when first needed.
+    views: [Option<Box<View>>; 3],
+}
+
+const USER: usize = 0;
+const KERNEL: usize = 1;
+const KERNEL_AC: usize = 2;
+
+fn view_index(user: bool, ac: bool) -> usize {
+    match (user, ac) {
+        (true, _) => USER,
+        (false, false) => KERNEL,
+        (false, true) => KERNEL_AC,
+    }
+}
+
+/// The software MMU.
+pub struct Mmu {
+    ram: GuestRam,
+    regions: Vec<RamRegion>,
+    /// Code and writers of each page, shared by the VM's vCPUs.
+    pub code: Arc<CodeMap>,
+    id: u32,
+    spaces: Vec<Space>,
+    current: usize,
+    view: usize,
+    tick: u64,
+    jump_miss: *const u8,
+    jump_mode: u32,
+    kernel_generation: u32,
+    /// Kernel mappings with code are all global, so that they outlive a change of CR3.
+    kernel_code_global: bool,
+    /// Fills made, for the counters.
+    pub fills: u64,
+    /// Flushes of views made, for the counters.
+    pub flushes: u64,
+}
+
+impl Mmu {
+    /// The MMU of vCPU `id` over `ram`.
+    pub fn new(ram: GuestRam, code: Arc<CodeMap>, id: u32) -> Self {
+        let mut mmu = Self {
+            regions: ram.regions().to_vec(),
+            ram,
+            code,
+            id,
+            spaces: Vec::new(),
+            current: 0,
+            view: KERNEL,
+            tick: 0,
+            jump_miss: std::ptr::null(),
+            jump_mode: 0,
+            kernel_generation: next_generation(),
+            kernel_code_global: true,
+            fills: 0,
+            flushes: 0,
+        };
+        mmu.spaces.push(mmu.new_space(0));
+        mmu
+    }
+
+    /// The RAM behind.
+    pub fn ram(&self) -> &GuestRam {
+        &self.ram
+    }
+
+    /// Sets where jump caches lead on a miss.
+    pub fn set_jump_miss(&mut self, miss: *const u8) {
+        self.jump_miss = miss;
+        for view in self.all_views() {
+            view.set_jump_miss(miss);
+        }
+    }
+
+    /// Generation of the executable mappings of the user half.
+    pub fn user_generation(&self) -> u32 {
+        self.spaces[self.current].generation
+    }
+    /// Generation of the executable mappings of the kernel half.
+    pub fn kernel_generation(&self) -> u32 {
+        self.kernel_generation
+    }
+
+    /// Chooses the view for a privilege; returns what generated code probes.
+    pub fn select(&mut self, user: bool, ac: bool) -> (*mut Entry, *mut Jump) {
+        self.view = view_index(user, ac);
+        let mode = self.jump_mode;
+        let view = self.view_mut(self.view);
+        view.set_jump_mode(mode);
+        (view.entries_ptr(), view.jumps_ptr())
+    }
+
+    /// Says which kind of code runs (a key of the translator); takes effect with the next [`Mmu::select`].
+    pub fn set_jump_mode(&mut self, mode: u32) {
+        self.jump_mode = mode;
+    }
+
+    /// The view in force.
+    pub fn view(&mut self) -> &mut View {
+        self.view_mut(self.view)
+    }
+
+    /// The view of the CPU's own accesses to tables.
+    pub fn system_view(&mut self, smap: bool) -> &mut View {
+        self.view_mut(view_index(false, !smap))
+    }
+
+    /// CR3, CR0 or CR4 were changed: chooses the address space. Does not flush.
+    pub fn set_space(&mut self, mode: &PagingMode) {
+        let pcid =
+            if mode.cr4 & cr4::PCIDE != 0 && mode.cr0 & cr0::PG != 0 { mode.cr3 as u16 & 0xfff } else { 0 };
+        self.tick += 1;
+        let found = self.spaces.iter().position(|s| s.pcid == pcid);
+        self.current = found.unwrap_or_else(|| {
+            if self.spaces.len() < SPACES {
+                let space = self.new_space(pcid);
+                self.spaces.push(space);
+                return self.spaces.len() - 1;
+            }
+            let oldest = (0..SPACES).min_by_key(|&i| self.spaces[i].used).expect("not empty");
+            self.flush_space(oldest, false);
+            self.spaces[oldest].pcid = pcid;
+            oldest
+        });
+        self.spaces[self.current].used = self.tick;
+    }
+
+    /// MOV to CR3 without the no-flush bit: what is not global goes (SDM volume 3, 4.10.4.1). Call after
+    /// [`Mmu::set_space`].
+    pub fn flush_current(&mut self, keep_global: bool) {
+        if !keep_global || !self.kernel_code_global {
+            self.bump_kernel();
+        }
+        self.flush_space(self.current, keep_global);
+    }
+
+    /// Everything goes, in all address spaces, global or not.
+    pub fn flush_all(&mut self) {
+        self.bump_kernel();
+        for i in 0..self.spaces.len() {
+            self.flush_space(i, false);
+        }
+    }
+
+    /// Everything that is not global goes, in all address spaces (INVPCID type 3).
+    pub fn flush_all_non_global(&mut self) {
+        if !self.kernel_code_global {
+            self.bump_kernel();
+        }
+        for i in 0..self.spaces.len() {
+            self.flush_space(i, true);
+        }
+    }
+
+    /// Everything of one process-context identifier goes that is not global (INVPCID type 1).
+    pub fn flush_pcid(&mut self, pcid: u16) {
+        if let Some(i) = self.spaces.iter().position(|s| s.pcid == pcid) {
+            if !self.kernel_code_global {
+                self.bump_kernel();
+            }
+            self.flush_space(i, true);
+        }
+    }
+
+    /// The page of `va` goes in all address spaces (INVLPG; more than INVPCID type 0 asks for).
+    pub fn flush_page(&mut self, va: u64) {
+        let mut code = false;
+        for space in &mut self.spaces {
+            let mut here = false;
+            for view in space.views.iter_mut().flatten() {
+                here |= view.flush_page(va);
+            }
+            if here {
+                space.generation = next_generation();
+            }
+            code |= here;
+        }
+        if code && va >> 63 != 0 {
+            self.bump_kernel();
+        }
+    }
+
+    /// Other vCPUs or this one must not write directly to the page any more.
+    pub fn drop_writers(&mut self, gpa: u64) {
+        let Some(host) = self.host_page(gpa) else { return };
+        for view in self.all_views() {
+            view.drop_writers(host as u64);
+        }
+    }
+
+    /// Empties all jump caches (translations went away).
+    pub fn flush_jumps(&mut self) {
+        for view in self.all_views() {
+            view.flush_jumps();
+        }
+    }
+
+    /// Host address of the page that holds `gpa`, where it is RAM.
+    #[inline]
+    pub fn host_page(&self, gpa: u64) -> Option<*mut u8> {
+        let region = self.regions.iter().find(|r| gpa.wrapping_sub(r.gpa) < r.size)?;
+        Some(region.host.wrapping_add((gpa - region.gpa) as usize & !0xfff))
+    }
+
+    /// Walks the page tables without touching the TLB.
+    pub fn walk(
+        &mut self,
+        mode: &PagingMode,
+        va: u64,
+        access: Access,
+        who: Privilege,
+    ) -> Result<Translation, u32> {
+        paging::walk(mode, va, access, who, &mut Physical { mmu: self })
+    }
+
+    /// Walks for an access of the view in force and enters the result. `Ok(None)`: not RAM, or a write that has to be
+    /// made with care because there is code on the page.
+    pub fn fill(
+        &mut self,
+        mode: &PagingMode,
+        va: u64,
+        access: Access,
+        who: Privilege,
+    ) -> Result<(Translation, Option<*mut u8>), u32> {
+        let found = self.walk(mode, va, access, who)?;
+        let Some(page) = self.host_page(found.gpa) else { return Ok((found, None)) };
+        let read = found.allows(mode, Access::Read, who);
+        let may_write = found.dirty && found.allows(mode, Access::Write, who);
+        let write = may_write && self.code.allow_writes(found.gpa, self.id);
+        let exec = access == Access::Fetch;
+        if exec && !found.global && va >> 63 != 0 {
+            self.kernel_code_global = false;
+        }
+        let fill = Fill { read, write, exec, global: found.global, page_shift: found.page_shift };
+        self.fills += 1;
+        let view = self.view_mut(view_index(who.user, mode.cr4 & cr4::SMAP == 0 || who.ac));
+        view.fill(va, page as u64, fill);
+        let host = page.wrapping_add(found.gpa as usize & 0xfff);
+        Ok((found, (access != Access::Write || write).then_some(host)))
+    }
+
+    fn new_space(&self, pcid: u16) -> Space {
+        Space { pcid, used: 0, generation: next_generation(), views: [None, None, None] }
+    }
+
+    fn view_mut(&mut self, index: usize) -> &mut View {
+        let miss = self.jump_miss;
+        self.spaces[self.current].views[index].get_or_insert_with(|| Box::new(View::new(miss)))
+    }
+
+    fn all_views(&mut self) -> impl Iterator<Item = &mut Box<View>> {
+        self.spaces.iter_mut().flat_map(|s| s.views.iter_mut().flatten())
+    }
+
+    fn flush_space(&mut self, index: usize, keep_global: bool) {
+        let space = &mut self.spaces[index];
+        space.generation = next_generation();
+        for view in space.views.iter_mut().flatten() {
+            self.flushes += 1;
+            view.flush(keep_global);
+        }
+    }
+
+    fn bump_kernel(&mut self) {
+        self.kernel_generation = next_generation();
+        self.kernel_code_global = true;
+    }
+}
+
+/// Page tables as the walk reads and marks them.
+struct Physical<'a> {
+    mmu: &'a mut Mmu,
+}
+
+impl Physical<'_> {
+    fn entry(&self, gpa: u64) -> Option<*mut u8> {
+        let page = self.mmu.host_page(gpa)?;
+        Some(page.wrapping_add(gpa as usize & 0xfff))
+    }
+}
+
+impl PhysMemory for Physical<'_> {
+    fn read_entry(&mut self, gpa: u64, wide: bool) -> u64 {
+        let Some(at) = self.entry(gpa) else { return u64::MAX };
+        // SAFETY: `at` lies in mapped guest RAM and is aligned to the entry; other CPUs may write, hence atomics.
+        unsafe {
+            if wide {
+                AtomicU64::from_ptr(at.cast()).load(Ordering::Acquire)
+            } else {
+                u64::from(AtomicU32::from_ptr(at.cast()).load(Ordering::Acquire))
+            }
+        }
+    }
+
+    fn set_bits(&mut self, gpa: u64, wide: bool, old: u64, bits: u64) -> bool {
+        let Some(at) = self.entry(gpa) else { return true };
+        // SAFETY: as in `read_entry`.
+        unsafe {
+            if wide {
+                AtomicU64::from_ptr(at.cast())
+                    .compare_exchange(old, old | bits, Ordering::SeqCst, Ordering::Relaxed)
+                    .is_ok()
+            } else {
+                let (old, new) = (old as u32, (old | bits) as u32);
+                AtomicU32::from_ptr(at.cast())
+                    .compare_exchange(old, new, Ordering::SeqCst, Ordering::Relaxed)
+                    .is_ok()
+            }
+        }
+    }
+}

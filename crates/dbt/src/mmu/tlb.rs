@@ -1,0 +1,323 @@
+//! The software TLB: what generated code probes on each access.
+//!
+//! An access to `va` of `size` bytes takes the entry at `(va >> 12) % ENTRIES`, subtracts the tag for its kind and
+//! hits if the difference is at most `4096 - size`: one comparison finds the wrong page, missing rights and an access
+//! that leaves the page. The host address is then the difference plus `host`.
+
+use std::collections::HashSet;
+
+use ruse_arch::paging::Access;
+
+/// Entries of a view; a power of two.
+pub const ENTRIES: usize = 4096;
+/// Entries of a jump cache; a power of two.
+pub const JUMPS: usize = 4096;
+
+const PAGE: u64 = 4096;
+
+/// One TLB entry. A tag is the page's linear address, or an address that another entry would hold.
+#[repr(C, align(32))]
+#[derive(Clone, Copy, Debug)]
+pub struct Entry {
+    /// Tag of reads.
+    pub read: u64,
+    /// Tag of writes.
+    pub write: u64,
+    /// Tag of fetches.
+    pub exec: u64,
+    /// Host address of the page.
+    pub host: u64,
+}
+
+/// One entry of the jump cache: a linear address of code and where its translation begins.
+#[repr(C, align(16))]
+#[derive(Clone, Copy, Debug)]
+pub struct Jump {
+    /// Linear address.
+    pub va: u64,
+    /// Host code; never null.
+    pub host: *const u8,
+}
+
+/// What else is known of an entry.
+#[derive(Clone, Copy, Default)]
+struct Meta {
+    global: bool,
+    /// log2 of the guest page's size where it is over 12, else 0.
+    large: u8,
+    /// In the journal.
+    used: bool,
+}
+
+/// A TLB and a jump cache for one address space and one privilege.
+pub struct View {
+    entries: Box<[Entry]>,
+    meta: Box<[Meta]>,
+    journal: Vec<u16>,
+    jumps: Box<[Jump]>,
+    jump_journal: Vec<u16>,
+    jump_miss: *const u8,
+    /// What the jump cache's code was translated for.
+    jump_mode: u32,
+    exec_pages: HashSet<u64>,
+    has_large: bool,
+}
+
+/// A tag that no address with this index matches.
+const fn never(index: usize) -> u64 {
+    if index == 0 { PAGE } else { 0 }
+}
+
+/// Index of a linear address in a view.
+pub const fn index(va: u64) -> usize {
+    (va / PAGE) as usize % ENTRIES
+}
+
+/// Index of a linear address in a jump cache.
+pub const fn jump_index(va: u64) -> usize {
+    va as usize % JUMPS
+}
+
+impl View {
+    /// An empty view whose jump cache leads to `jump_miss`.
+    pub fn new(jump_miss: *const u8) -> Self {
+        let entries =
+            (0..ENTRIES).map(|i| Entry { read: never(i), write: never(i), exec: never(i), host: 0 });
+        Self {
+            entries: entries.collect(),
+            meta: vec![Meta::default(); ENTRIES].into(),
+            journal: Vec::new(),
+            jumps: vec![Jump { va: 0, host: jump_miss }; JUMPS].into(),
+            jump_journal: Vec::new(),
+            jump_miss,
+            jump_mode: 0,
+            exec_pages: HashSet::new(),
+            has_large: false,
+        }
+    }
+
+    /// Base of the entries, for generated code.
+    pub fn entries_ptr(&mut self) -> *mut Entry {
+        self.entries.as_mut_ptr()
+    }
+    /// Base of the jump cache, for generated code.
+    pub fn jumps_ptr(&mut self) -> *mut Jump {
+        self.jumps.as_mut_ptr()
+    }
+
+    /// Host address of `va` if the entry allows this access for `size` bytes within the page.
+    #[inline]
+    pub fn lookup(&self, va: u64, size: u64, access: Access) -> Option<*mut u8> {
+        let entry = &self.entries[index(va)];
+        let tag = match access {
+            Access::Read => entry.read,
+            Access::Write => entry.write,
+            Access::Fetch => entry.exec,
+        };
+        let offset = va.wrapping_sub(tag);
+        (offset <= PAGE - size).then(|| (entry.host + offset) as *mut u8)
+    }
+
+    /// Enters a translation; rights that the entry already has for the same page stay.
+    pub fn fill(&mut self, va: u64, host: u64, fill: Fill) {
+        let i = index(va);
+        let page = va & !(PAGE - 1);
+        let none = never(i);
+        let entry = &mut self.entries[i];
+        let same = entry.host == host && [entry.read, entry.write, entry.exec].contains(&page);
+        if !same {
+            *entry = Entry { read: none, write: none, exec: none, host };
+        }
+        if fill.read {
+            entry.read = page;
+        }
+        if fill.write {
+            entry.write = page;
+        }
+        if fill.exec {
+            entry.exec = page;
+            self.exec_pages.insert(page);
+        }
+        let meta = &mut self.meta[i];
+        if !meta.used {
+            self.journal.push(i as u16);
+        }
+        let large = if fill.page_shift > 12 { fill.page_shift as u8 } else { 0 };
+        *meta = Meta { global: fill.global, large, used: true };
+        self.has_large |= large != 0;
+    }
+
+    /// Enters a translation of code into the jump cache.
+    pub fn fill_jump(&mut self, va: u64, host: *const u8) {
+        let i = jump_index(va);
+        self.jumps[i] = Jump { va, host };
+        self.jump_journal.push(i as u16);
+        if self.jump_journal.len() >= 2 * JUMPS {
+            self.jump_journal.sort_unstable();
+            self.jump_journal.dedup();
+        }
+    }
+
+    /// Says for which kind of code the jump cache is to be; another kind's entries go.
+    pub fn set_jump_mode(&mut self, mode: u32) {
+        if self.jump_mode != mode {
+            self.jump_mode = mode;
+            self.flush_jumps();
+        }
+    }
+
+    /// Empties the jump cache.
+    pub fn flush_jumps(&mut self) {
+        let empty = Jump { va: 0, host: self.jump_miss };
+        for i in self.jump_journal.drain(..) {
+            self.jumps[i as usize] = empty;
+        }
+    }
+
+    /// Sets where the jump cache leads on a miss, and empties it.
+    pub fn set_jump_miss(&mut self, miss: *const u8) {
+        self.jump_miss = miss;
+        self.jump_journal.clear();
+        self.jumps.fill(Jump { va: 0, host: miss });
+    }
+
+    /// Drops all entries, or all that are not global.
+    pub fn flush(&mut self, keep_global: bool) {
+        let Self { entries, meta, journal, .. } = self;
+        journal.retain(|&i| {
+            let i = i as usize;
+            if keep_global && meta[i].global {
+                return true;
+            }
+            entries[i] = Entry { read: never(i), write: never(i), exec: never(i), host: 0 };
+            meta[i] = Meta::default();
+            false
+        });
+        if !keep_global {
+            self.has_large = false;
+            self.exec_pages.clear();
+            self.flush_jumps();
+            return;
+        }
+        // Kernel code is global as a rule; what was mapped only for one address space is dropped with its jumps.
+        let before = self.exec_pages.len();
+        let (entries, meta) = (&self.entries, &self.meta);
+        self.exec_pages.retain(|&page| {
+            let i = index(page);
+            entries[i].exec == page && meta[i].global
+        });
+        if self.exec_pages.len() != before {
+            self.flush_jumps();
+        }
+    }
+
+    /// Drops the page of `va` (the whole of it if large). Says whether code had been fetched from it.
+    pub fn flush_page(&mut self, va: u64) -> bool {
+        let page = va & !(PAGE - 1);
+        if self.has_large {
+            self.flush_large(va);
+        }
+        self.drop_index_if(index(va), |entry, _| [entry.read, entry.write, entry.exec].contains(&page));
+        let had_code = self.exec_pages.remove(&page);
+        if had_code {
+            self.flush_jumps();
+        }
+        had_code
+    }
+
+    fn flush_large(&mut self, va: u64) {
+        let hits: Vec<usize> = (self.journal.iter().map(|&i| i as usize))
+            .filter(|&i| {
+                let (entry, shift) = (&self.entries[i], self.meta[i].large);
+                let page = [entry.read, entry.write, entry.exec].into_iter().find(|&t| t != never(i));
+                shift != 0 && page.is_some_and(|p| p >> shift == va >> shift)
+            })
+            .collect();
+        for i in hits {
+            let exec = self.entries[i].exec;
+            if exec != never(i) && self.exec_pages.remove(&exec) {
+                self.flush_jumps();
+            }
+            self.drop_index_if(i, |_, _| true);
+        }
+    }
+
+    /// Takes the right to write directly away from every entry that leads to the host page.
+    pub fn drop_writers(&mut self, host: u64) {
+        for &i in &self.journal {
+            let entry = &mut self.entries[i as usize];
+            if entry.host == host {
+                entry.write = never(i as usize);
+            }
+        }
+    }
+
+    fn drop_index_if(&mut self, i: usize, when: impl Fn(&Entry, &Meta) -> bool) {
+        if when(&self.entries[i], &self.meta[i]) {
+            // The index stays in the journal; a later fill finds `used` set.
+            self.entries[i] = Entry { read: never(i), write: never(i), exec: never(i), host: 0 };
+            let used = self.meta[i].used;
+            self.meta[i] = Meta { used, ..Meta::default() };
+        }
+    }
+}
+
+/// What a fill allows.
+#[derive(Clone, Copy, Debug)]
+pub struct Fill {
+    /// Reads hit.
+    pub read: bool,
+    /// Writes hit.
+    pub write: bool,
+    /// Fetches hit.
+    pub exec: bool,
+    /// The translation is global.
+    pub global: bool,
+    /// log2 of the guest page's size.
+    pub page_shift: u32,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const FILL: Fill = Fill { read: true, write: false, exec: false, global: false, page_shift: 12 };
+
+    #[test]
+    fn an_empty_view_hits_nowhere() {
+        let view = View::new(std::ptr::null());
+        for va in [0, 1, 0xfff, 0x1000, 0x1fff, u64::MAX, 1 << 63, 0xffff_8000_0000_0000] {
+            assert!(view.lookup(va, 1, Access::Read).is_none(), "{va:#x}");
+        }
+    }
+
+    #[test]
+    fn rights_and_page_ends_are_checked() {
+        let mut view = View::new(std::ptr::null());
+        view.fill(0, 0x7000, FILL);
+        assert_eq!(view.lookup(0xff8, 8, Access::Read), Some(0x7ff8 as *mut u8));
+        assert!(view.lookup(0xff9, 8, Access::Read).is_none());
+        assert!(view.lookup(0x8, 8, Access::Write).is_none());
+        assert!(view.lookup(ENTRIES as u64 * 4096, 1, Access::Read).is_none());
+    }
+
+    #[test]
+    fn global_entries_survive_a_flush_that_keeps_them() {
+        let mut view = View::new(std::ptr::null());
+        view.fill(0x1000, 0x7000, FILL);
+        view.fill(0x2000, 0x8000, Fill { global: true, ..FILL });
+        view.flush(true);
+        assert!(view.lookup(0x1000, 1, Access::Read).is_none());
+        assert!(view.lookup(0x2000, 1, Access::Read).is_some());
+    }
+
+    #[test]
+    fn one_page_of_a_large_page_flushes_all_of_it() {
+        let mut view = View::new(std::ptr::null());
+        view.fill(0x20_1000, 0x7000, Fill { page_shift: 21, ..FILL });
+        view.fill(0x40_1000, 0x8000, FILL);
+        view.flush_page(0x20_0000);
+        assert!(view.lookup(0x20_1000, 1, Access::Read).is_none());
+        assert!(view.lookup(0x40_1000, 1, Access::Read).is_some());
+    }
+}
