@@ -1,0 +1,237 @@
+//! Questions to the machine's own apt: which package, from where, with which checksum.
+
+use std::ffi::{OsStr, OsString};
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+
+use crate::GuestError;
+
+/// The programs of apt, and the lists of packages that they use.
+#[derive(Debug, Clone)]
+pub struct AptCommands {
+    /// `apt-get`, by name or path.
+    pub get: PathBuf,
+    /// `apt-cache`, by name or path.
+    pub cache: PathBuf,
+    options: Vec<OsString>,
+}
+
+impl Default for AptCommands {
+    fn default() -> Self {
+        AptCommands::new("apt-get", "apt-cache")
+    }
+}
+
+/// Where a package's file is and what it must be like.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PackageFile {
+    /// Where apt fetches it from.
+    pub uri: String,
+    /// The name that apt gives the file.
+    pub file: String,
+    /// Its size in bytes.
+    pub size: u64,
+    /// The name of its checksum's algorithm: `SHA256` or `SHA512`.
+    pub algorithm: String,
+    /// The checksum, in hexadecimal digits.
+    pub digest: String,
+}
+
+impl AptCommands {
+    /// These programs, with the machine's own lists of packages.
+    pub fn new(get: impl Into<PathBuf>, cache: impl Into<PathBuf>) -> Self {
+        AptCommands { get: get.into(), cache: cache.into(), options: Vec::new() }
+    }
+
+    /// The same programs with lists of packages of their own in `dir`, fetched now. This needs no
+    /// root, and serves where the machine's lists are empty or out of date.
+    pub(crate) fn with_private_lists(&self, dir: &Path) -> Result<AptCommands, GuestError> {
+        let (lists, cache) = (dir.join("lists"), dir.join("cache"));
+        for partial in [lists.join("partial"), cache.join("archives/partial")] {
+            fs::create_dir_all(&partial).map_err(GuestError::io("create", &partial))?;
+        }
+        let mut private = AptCommands { options: Vec::new(), ..self.clone() };
+        let settings = [("Dir::State::lists=", &lists), ("Dir::Cache=", &cache)];
+        for (name, path) in settings {
+            let mut setting = OsString::from(name);
+            setting.push(path);
+            setting.push("/");
+            private.options.extend(["-o".into(), setting]);
+        }
+        let lean = ["-q", "-o", "Acquire::IndexTargets::deb::DEP-11::DefaultEnabled=false", "update"];
+        private.run(&private.get, &lean)?;
+        Ok(private)
+    }
+
+    /// The first of `packages` that apt knows; one that only stands for another whose name begins
+    /// with `prefix` is followed.
+    pub(crate) fn resolve(&self, packages: &[&str], prefix: &str) -> Result<String, GuestError> {
+        for package in packages {
+            match self.run(&self.cache, &["depends", package]) {
+                Ok(output) => return Ok(dependency(&output, prefix).unwrap_or(package.to_string())),
+                Err(GuestError::Apt { .. }) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Err(GuestError::UnknownPackage { packages: packages.join(" or ") })
+    }
+
+    /// Where the file of `package` is.
+    pub(crate) fn locate(&self, package: &str) -> Result<PackageFile, GuestError> {
+        let arguments = ["download", "--print-uris", package];
+        let output = self.run(&self.get, &arguments)?;
+        let line = output.lines().rfind(|line| line.starts_with('\'')).unwrap_or(output.trim());
+        PackageFile::parse(line).ok_or_else(|| GuestError::BadReply {
+            command: self.describe(&self.get, &arguments),
+            line: line.to_owned(),
+        })
+    }
+
+    /// Begins to download `package` into `dir`; what apt says goes to `log`.
+    pub(crate) fn download(&self, package: &str, dir: &Path, log: &Path) -> Result<Child, GuestError> {
+        let log_file = File::create(log).map_err(GuestError::io("create", log))?;
+        let mut command = self.command(&self.get, &["-q", "download", package]);
+        command.current_dir(dir).stdout(Stdio::null()).stderr(log_file);
+        command.spawn().map_err(|error| self.not_started(&self.get, error))
+    }
+
+    /// The error of a download that ended badly.
+    pub(crate) fn download_failed(&self, package: &str, status: impl ToString, log: &Path) -> GuestError {
+        let said = fs::read(log).unwrap_or_default();
+        self.failed(&self.get, &["download", package], status, &said)
+    }
+
+    fn command(&self, program: &Path, arguments: &[&str]) -> Command {
+        let mut command = Command::new(program);
+        command.args(&self.options).args(arguments).env("LC_ALL", "C").stdin(Stdio::null());
+        command
+    }
+
+    fn run(&self, program: &Path, arguments: &[&str]) -> Result<String, GuestError> {
+        let mut command = self.command(program, arguments);
+        tracing::debug!(?command, "asking apt");
+        let Output { status, stdout, stderr } =
+            command.output().map_err(|error| self.not_started(program, error))?;
+        if !status.success() {
+            return Err(self.failed(program, arguments, status, &stderr));
+        }
+        Ok(String::from_utf8_lossy(&stdout).into_owned())
+    }
+
+    fn not_started(&self, program: &Path, error: io::Error) -> GuestError {
+        match error.kind() {
+            io::ErrorKind::NotFound => GuestError::NoApt { program: program.to_owned() },
+            _ => GuestError::io("run", program)(error),
+        }
+    }
+
+    fn failed(&self, program: &Path, arguments: &[&str], status: impl ToString, said: &[u8]) -> GuestError {
+        GuestError::Apt {
+            command: self.describe(program, arguments),
+            status: status.to_string(),
+            message: last_words(&String::from_utf8_lossy(said)),
+        }
+    }
+
+    fn describe(&self, program: &Path, arguments: &[&str]) -> String {
+        let name = program.file_name().unwrap_or(OsStr::new("apt"));
+        format!("{} {}", name.to_string_lossy(), arguments.join(" "))
+    }
+}
+
+/// The errors in what apt wrote, or its last line, as one line.
+fn last_words(said: &str) -> String {
+    let errors: Vec<&str> = said.lines().filter_map(|line| line.strip_prefix("E: ")).collect();
+    match errors[..] {
+        [] => said.lines().last().unwrap_or("it said nothing").trim().to_owned(),
+        _ => errors.join("; "),
+    }
+}
+
+/// The first dependency in the output of `apt-cache depends` whose name begins with `prefix`.
+fn dependency(output: &str, prefix: &str) -> Option<String> {
+    output
+        .lines()
+        .filter_map(|line| line.trim_start_matches([' ', '|']).strip_prefix("Depends: "))
+        .find(|name| name.starts_with(prefix))
+        .map(|name| name.trim().to_owned())
+}
+
+impl PackageFile {
+    /// Reads a line of `apt-get download --print-uris`: `'URI' FILE SIZE ALGORITHM:DIGEST`.
+    pub fn parse(line: &str) -> Option<PackageFile> {
+        let (uri, rest) = line.strip_prefix('\'')?.split_once('\'')?;
+        let mut words = rest.split_whitespace();
+        let (file, size) = (words.next()?, words.next()?.parse().ok()?);
+        let (algorithm, digest) = words.next()?.split_once(':')?;
+        let digits = match algorithm {
+            "SHA256" => 64,
+            "SHA512" => 128,
+            _ => return None,
+        };
+        let plain_name = !file.contains('/') && !file.starts_with('.');
+        let hexadecimal = digest.len() == digits && digest.bytes().all(|byte| byte.is_ascii_hexdigit());
+        (plain_name && hexadecimal).then(|| PackageFile {
+            uri: uri.to_owned(),
+            file: file.to_owned(),
+            size,
+            algorithm: algorithm.to_owned(),
+            digest: digest.to_ascii_lowercase(),
+        })
+    }
+
+    /// The package's version, from the file's name (`NAME_VERSION_ARCH.deb`).
+    pub fn version(&self) -> String {
+        self.file.split('_').nth(1).unwrap_or("unknown").replace("%3a", ":")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const DIGEST: &str = "3d3fdbe91d4660c873e14b092c213fe81c1da6362daa236eb25d0171eb108744";
+
+    #[test]
+    fn a_line_of_print_uris_is_read() {
+        for uri in ["http://host/pool/b_1%3a1.deb", "file:/srv/mirror/b.deb", "copy:/srv/a b.deb"] {
+            let line = format!("'{uri}' busybox-static_1%3a1.35.0-4_amd64.deb 928188 SHA256:{DIGEST}");
+            let file = PackageFile::parse(&line).unwrap();
+            assert_eq!((file.uri.as_str(), file.size, file.digest.as_str()), (uri, 928_188, DIGEST));
+            assert_eq!(file.version(), "1:1.35.0-4");
+        }
+    }
+
+    #[test]
+    fn lines_that_cannot_be_trusted_are_refused() {
+        let good = format!("'http://h/x' x_1_amd64.deb 12 SHA256:{DIGEST}");
+        assert!(PackageFile::parse(&good).is_some());
+        let bad = [
+            String::new(),
+            good.replace("x_1", "../x_1"),
+            good.replace(" 12 ", " -1 "),
+            good.replace("SHA256", "MD5Sum"),
+            good.replace(DIGEST, "00"),
+            good.replace('\'', ""),
+        ];
+        for line in bad {
+            assert_eq!(PackageFile::parse(&line), None, "{line}");
+        }
+    }
+
+    #[test]
+    fn a_package_that_stands_for_another_is_followed() {
+        let output =
+            "linux-image-cloud-amd64\n  Depends: init\n |Depends: linux-image-6.1-cloud\n  Recommends: x\n";
+        assert_eq!(dependency(output, "linux-image-").unwrap(), "linux-image-6.1-cloud");
+        assert_eq!(dependency("busybox-static\n  Conflicts: busybox\n", "busybox"), None);
+    }
+
+    #[test]
+    fn the_errors_are_kept_of_what_apt_says() {
+        assert_eq!(last_words("W: old\nE: one\nnoise\nE: two\n"), "one; two");
+        assert_eq!(last_words("only this"), "only this");
+    }
+}

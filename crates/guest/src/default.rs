@@ -1,0 +1,229 @@
+//! Prepares the default guest, or finds it prepared.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::apt::AptCommands;
+use crate::cache::{self, CacheLock};
+use crate::deb::{self, Want};
+use crate::fetch::fetch;
+use crate::{GuestError, Initramfs, PackageFile, Progress};
+
+/// Packages that bring a kernel for virtual machines: Debian's, then Ubuntu's.
+const KERNEL_PACKAGES: &[&str] = &["linux-image-cloud-amd64", "linux-image-virtual"];
+const KERNEL_PREFIX: &str = "linux-image-";
+const BUSYBOX_PACKAGE: &str = "busybox-static";
+
+/// The file that names what is prepared.
+const MANIFEST: &str = "current.json";
+
+/// The default guest in a cache directory.
+#[derive(Debug, Clone)]
+pub struct DefaultGuest {
+    dir: PathBuf,
+    apt: AptCommands,
+}
+
+/// The files of a guest, ready to boot.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GuestFiles {
+    /// The kernel, a bzImage.
+    pub kernel: PathBuf,
+    /// The initramfs.
+    pub initrd: PathBuf,
+    /// The configuration that the kernel was built with.
+    pub config: PathBuf,
+    /// The static busybox that the initramfs carries.
+    pub busybox: PathBuf,
+    /// What the kernel calls its release, `6.1.0-56-cloud-amd64`.
+    pub release: String,
+    /// The packages that all this comes from, `NAME VERSION`.
+    pub packages: Vec<String>,
+}
+
+/// What is prepared, as kept in [`MANIFEST`].
+#[derive(Debug, Serialize, Deserialize)]
+struct Manifest {
+    directory: String,
+    release: String,
+    packages: Vec<String>,
+    /// Names and sizes of the files that came from packages.
+    files: Vec<(String, u64)>,
+}
+
+/// A package that has been fetched.
+struct Fetched {
+    name: String,
+    file: PackageFile,
+    path: PathBuf,
+}
+
+impl DefaultGuest {
+    /// The guest in the user's cache directory: `$XDG_CACHE_HOME/ruse`, or `~/.cache/ruse`.
+    pub fn new() -> Result<DefaultGuest, GuestError> {
+        Ok(DefaultGuest::in_dir(cache::default_dir()?))
+    }
+
+    /// The guest in a directory, which is made where it is missing.
+    pub fn in_dir(dir: impl Into<PathBuf>) -> DefaultGuest {
+        DefaultGuest { dir: dir.into().join("guest"), apt: AptCommands::default() }
+    }
+
+    /// Uses these programs in place of `apt-get` and `apt-cache`.
+    pub fn with_apt(mut self, apt: AptCommands) -> DefaultGuest {
+        self.apt = apt;
+        self
+    }
+
+    /// The guest's files where they are prepared already; nothing is fetched or written.
+    pub fn prepared(&self) -> Option<GuestFiles> {
+        let files = self.files(&self.manifest()?);
+        files.initrd.exists().then_some(files)
+    }
+
+    /// The guest's files, fetched and written first where they are not there yet. What an earlier
+    /// run left half done is taken up, or thrown away.
+    pub fn prepare(&self, progress: &mut dyn Progress) -> Result<GuestFiles, GuestError> {
+        if let Some(files) = self.prepared() {
+            return Ok(files);
+        }
+        let files = self.prepare_locked(progress);
+        progress.finish();
+        files
+    }
+
+    fn prepare_locked(&self, progress: &mut dyn Progress) -> Result<GuestFiles, GuestError> {
+        fs::create_dir_all(&self.dir).map_err(GuestError::io("create", &self.dir))?;
+        let _lock = CacheLock::take(&self.dir, progress)?;
+        let manifest = match self.manifest() {
+            Some(manifest) => manifest,
+            None => self.install(progress)?,
+        };
+        let files = self.files(&manifest);
+        if !files.initrd.exists() {
+            progress.step("writing the initramfs");
+            write_initrd(&files)?;
+        }
+        Ok(files)
+    }
+
+    /// What is prepared, if its files are all there.
+    fn manifest(&self) -> Option<Manifest> {
+        let text = fs::read(self.dir.join(MANIFEST)).ok()?;
+        let manifest: Manifest = serde_json::from_slice(&text).ok()?;
+        let dir = self.dir.join(&manifest.directory);
+        let whole =
+            |(name, size): &(String, u64)| fs::metadata(dir.join(name)).is_ok_and(|file| file.len() == *size);
+        manifest.files.iter().all(whole).then_some(manifest)
+    }
+
+    fn files(&self, manifest: &Manifest) -> GuestFiles {
+        let dir = self.dir.join(&manifest.directory);
+        GuestFiles {
+            kernel: dir.join("vmlinuz"),
+            initrd: dir.join(format!("initrd-{}.cpio", Initramfs::recipe())),
+            config: dir.join("config"),
+            busybox: dir.join("busybox"),
+            release: manifest.release.clone(),
+            packages: manifest.packages.clone(),
+        }
+    }
+
+    /// Fetches and unpacks the packages, and makes them the current ones.
+    fn install(&self, progress: &mut dyn Progress) -> Result<Manifest, GuestError> {
+        let downloads = self.dir.join("downloads");
+        fs::create_dir_all(&downloads).map_err(GuestError::io("create", &downloads))?;
+        let [kernel, busybox] = self.fetch_packages(&downloads, progress)?;
+        progress.step("unpacking");
+        let manifest = self.unpack(&kernel, &busybox)?;
+        let text = serde_json::to_vec_pretty(&manifest).expect("a manifest is plain data");
+        cache::write_whole(&self.dir.join(MANIFEST), &text)?;
+        if let Err(error) = fs::remove_dir_all(&downloads) {
+            tracing::warn!(path = ?downloads, %error, "cannot remove the downloads");
+        }
+        Ok(manifest)
+    }
+
+    /// Fetches by the machine's own lists of packages; where they are empty or out of date, by lists
+    /// fetched for this.
+    fn fetch_packages(&self, dir: &Path, progress: &mut dyn Progress) -> Result<[Fetched; 2], GuestError> {
+        let error = match self.fetch_by(&self.apt, dir, progress) {
+            Err(error) if may_be_old_lists(&error) => error,
+            done => return done,
+        };
+        tracing::debug!(%error, "the machine's lists of packages do not serve");
+        progress.step("fetching lists of packages (apt's own are empty or out of date)");
+        let private = self.apt.with_private_lists(&dir.join("apt"))?;
+        self.fetch_by(&private, dir, progress)
+    }
+
+    fn fetch_by(
+        &self,
+        apt: &AptCommands,
+        dir: &Path,
+        progress: &mut dyn Progress,
+    ) -> Result<[Fetched; 2], GuestError> {
+        progress.step("asking apt for the packages");
+        let mut plan = Vec::new();
+        for name in [apt.resolve(KERNEL_PACKAGES, KERNEL_PREFIX)?, BUSYBOX_PACKAGE.to_owned()] {
+            let file = apt.locate(&name)?;
+            plan.push((name, file));
+        }
+        let mut get = |(name, file): (String, PackageFile)| {
+            progress.step(&format!("fetching {name} {}", file.version()));
+            let path = fetch(apt, &name, &file, dir, progress)?;
+            Ok(Fetched { name, file, path })
+        };
+        let busybox = plan.pop().expect("two packages are planned");
+        let kernel = plan.pop().expect("two packages are planned");
+        Ok([get(kernel)?, get(busybox)?])
+    }
+
+    /// Unpacks what is needed into a directory beside, and renames it into its place.
+    fn unpack(&self, kernel: &Fetched, busybox: &Fetched) -> Result<Manifest, GuestError> {
+        let beside = self.dir.join("unpacking");
+        cache::fresh_dir(&beside)?;
+        let wants = [
+            Want::new(&["boot/vmlinuz-*"], beside.join("vmlinuz")),
+            Want::new(&["boot/config-*"], beside.join("config")),
+        ];
+        let names = deb::extract(&kernel.path, &wants)?;
+        let release = names[0].trim_start_matches("boot/vmlinuz-").to_owned();
+        let applets = Want::new(&["bin/busybox", "usr/bin/busybox"], beside.join("busybox"));
+        deb::extract(&busybox.path, &[applets])?;
+
+        let mut files = Vec::new();
+        for name in ["vmlinuz", "config", "busybox"] {
+            let path = beside.join(name);
+            let size = fs::metadata(&path).map_err(GuestError::io("read", &path))?.len();
+            files.push((name.to_owned(), size));
+        }
+        let packages =
+            [kernel, busybox].map(|package| format!("{} {}", package.name, package.file.version()));
+        let directory = file_name(&packages.join("+"));
+        let place = self.dir.join(&directory);
+        cache::fresh_dir(&place)?;
+        fs::rename(&beside, &place).map_err(GuestError::io("replace", &place))?;
+        Ok(Manifest { directory, release, packages: packages.into(), files })
+    }
+}
+
+fn write_initrd(files: &GuestFiles) -> Result<(), GuestError> {
+    let busybox = fs::read(&files.busybox).map_err(GuestError::io("read", &files.busybox))?;
+    let archive = Initramfs { busybox, modules: Vec::new() }.build();
+    cache::write_whole(&files.initrd, &archive.map_err(GuestError::io("write", &files.initrd))?)
+}
+
+/// Whether fresh lists of packages may mend this.
+fn may_be_old_lists(error: &GuestError) -> bool {
+    use GuestError::*;
+    matches!(error, UnknownPackage { .. } | Apt { .. } | BadReply { .. } | Corrupt { .. })
+}
+
+/// A name for a file: letters, digits and a few signs of `text`, all else as an underscore.
+fn file_name(text: &str) -> String {
+    let plain = |c: char| if c.is_ascii_alphanumeric() || "-+.~".contains(c) { c } else { '_' };
+    text.chars().map(plain).collect()
+}
