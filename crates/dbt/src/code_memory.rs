@@ -1,0 +1,169 @@
+//! Memory for generated code: one region mapped twice, writable at one address and executable at another, so that no
+//! address is ever both and no mapping changes while code runs. Where the system refuses that, one mapping whose
+//! protection changes at each write.
+
+use std::{io, ptr::NonNull};
+
+use rustix::{
+    fs::{MemfdFlags, ftruncate, memfd_create},
+    mm::{MapFlags, MprotectFlags, ProtFlags, mmap, mmap_anonymous, mprotect, munmap},
+};
+
+/// A region for generated code with a bump allocator. Belongs to one thread at a time; code in it may be executed only
+/// by the owner (where the two mappings are one, a write makes it unexecutable for a moment).
+pub struct CodeMemory {
+    rw: NonNull<u8>,
+    rx: NonNull<u8>,
+    size: usize,
+    used: usize,
+}
+
+// SAFETY: the mappings belong to the value, and nothing in it belongs to a thread.
+unsafe impl Send for CodeMemory {}
+
+impl CodeMemory {
+    /// Maps a region of `size` bytes, rounded up to whole pages. Host memory is taken when code is written.
+    pub fn new(size: usize) -> io::Result<Self> {
+        let size = size.max(1).next_multiple_of(4096);
+        match Self::map_twice(size) {
+            Ok(memory) => Ok(memory),
+            Err(_) => Self::map_once(size),
+        }
+    }
+
+    fn map_twice(size: usize) -> io::Result<Self> {
+        let fd = memfd_create("ruse-code", MemfdFlags::CLOEXEC)?;
+        ftruncate(&fd, size as u64)?;
+        let map = |prot| {
+            // SAFETY: a new mapping at an address that the kernel chooses.
+            let at = unsafe { mmap(std::ptr::null_mut(), size, prot, MapFlags::SHARED, &fd, 0) }?;
+            NonNull::new(at.cast::<u8>()).ok_or_else(|| io::Error::from(io::ErrorKind::OutOfMemory))
+        };
+        let rw = map(ProtFlags::READ | ProtFlags::WRITE)?;
+        match map(ProtFlags::READ | ProtFlags::EXEC) {
+            Ok(rx) => Ok(Self { rw, rx, size, used: 0 }),
+            Err(error) => {
+                // SAFETY: mapped above with this size, and nobody else knows of it.
+                let _ = unsafe { munmap(rw.as_ptr().cast(), size) };
+                Err(error)
+            }
+        }
+    }
+
+    fn map_once(size: usize) -> io::Result<Self> {
+        let prot = ProtFlags::READ | ProtFlags::WRITE;
+        // SAFETY: a new mapping at an address that the kernel chooses.
+        let at = unsafe { mmap_anonymous(std::ptr::null_mut(), size, prot, MapFlags::PRIVATE) }?;
+        let at = NonNull::new(at.cast::<u8>()).ok_or_else(|| io::Error::from(io::ErrorKind::OutOfMemory))?;
+        let memory = Self { rw: at, rx: at, size, used: 0 };
+        memory.protect(MprotectFlags::READ | MprotectFlags::EXEC)?;
+        Ok(memory)
+    }
+
+    /// Whether the writable and the executable mapping are two.
+    pub fn is_dual(&self) -> bool {
+        self.rw != self.rx
+    }
+    /// Size of the region in bytes.
+    pub fn size(&self) -> usize {
+        self.size
+    }
+    /// Bytes allocated so far.
+    pub fn used(&self) -> usize {
+        self.used
+    }
+    /// First byte of the writable mapping. It can be written through only if [`CodeMemory::is_dual`].
+    pub fn rw_ptr(&self) -> *mut u8 {
+        self.rw.as_ptr()
+    }
+    /// First byte of the executable mapping.
+    pub fn rx_ptr(&self) -> *const u8 {
+        self.rx.as_ptr()
+    }
+
+    /// Takes `len` bytes at a multiple of `align` (a power of two); returns their offset, or `None` when the region is
+    /// full.
+    pub fn alloc(&mut self, len: usize, align: usize) -> Option<usize> {
+        let offset = self.used.checked_next_multiple_of(align.max(1))?;
+        let end = offset.checked_add(len)?;
+        (end <= self.size).then(|| {
+            self.used = end;
+            offset
+        })
+    }
+
+    /// Takes back everything from `offset` on.
+    pub fn truncate(&mut self, offset: usize) {
+        self.used = self.used.min(offset);
+    }
+
+    /// Writes code at an offset; `false` (and nothing is written) if it leaves the region or the host refuses.
+    #[must_use]
+    pub fn write(&mut self, offset: usize, bytes: &[u8]) -> bool {
+        if offset.checked_add(bytes.len()).is_none_or(|end| end > self.size) {
+            return false;
+        }
+        let dual = self.is_dual();
+        if !dual && self.protect(MprotectFlags::READ | MprotectFlags::WRITE).is_err() {
+            return false;
+        }
+        // SAFETY: the range was checked to lie in the mapping, which is writable now; no Rust reference leads there.
+        unsafe {
+            std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.rw.as_ptr().add(offset), bytes.len());
+        }
+        dual || self.protect(MprotectFlags::READ | MprotectFlags::EXEC).is_ok()
+    }
+
+    /// Allocates and writes code; returns its executable address, or `None` when the region is full.
+    pub fn push(&mut self, bytes: &[u8], align: usize) -> Option<*const u8> {
+        let before = self.used;
+        let offset = self.alloc(bytes.len(), align)?;
+        if !self.write(offset, bytes) {
+            self.used = before;
+            return None;
+        }
+        Some(self.rx_ptr().wrapping_add(offset))
+    }
+
+    fn protect(&self, flags: MprotectFlags) -> io::Result<()> {
+        // SAFETY: the whole mapping belongs to `self`, and no reference leads into it.
+        Ok(unsafe { mprotect(self.rw.as_ptr().cast(), self.size, flags) }?)
+    }
+}
+
+impl Drop for CodeMemory {
+    fn drop(&mut self) {
+        let dual = self.is_dual();
+        // SAFETY: mapped in `new` with this size; the owner does not execute code from it any more.
+        unsafe {
+            let _ = munmap(self.rw.as_ptr().cast(), self.size);
+            if dual {
+                let _ = munmap(self.rx.as_ptr().cast(), self.size);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn run(mut memory: CodeMemory) {
+        for value in [7u8, 42] {
+            // mov eax, value; ret
+            let code = memory.push(&[0xb8, value, 0, 0, 0, 0xc3], 16).expect("room");
+            assert!((code as usize).is_multiple_of(16));
+            // SAFETY: the bytes above are a function of this type.
+            let function: extern "C" fn() -> u32 = unsafe { std::mem::transmute(code) };
+            assert_eq!(function(), u32::from(value));
+        }
+        assert!(memory.alloc(1 << 20, 1).is_none());
+        assert!(!memory.write(memory.size() - 1, &[0, 0]));
+    }
+
+    #[test]
+    fn code_runs_from_both_kinds_of_mapping() {
+        run(CodeMemory::map_twice(8192).expect("mapped"));
+        run(CodeMemory::map_once(8192).expect("mapped"));
+    }
+}
