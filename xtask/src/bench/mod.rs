@@ -1,0 +1,183 @@
+//! The benchmark: one static program, natively and in a guest under each peer, interleaved.
+
+mod build;
+mod report;
+mod run;
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, bail};
+use clap::{Args, ValueEnum};
+
+use build::Materials;
+use run::{CaseTime, Job, Outcome};
+
+/// What to run, and how often.
+#[derive(Args)]
+pub struct Options {
+    /// Rounds; each runs every peer once, and medians are taken over them.
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
+    rounds: u32,
+    /// Cases or groups, separated by commas; `none` measures the boot alone. Without it: all that
+    /// the number of CPUs allows.
+    #[arg(long, value_delimiter = ',')]
+    cases: Vec<String>,
+    /// The guest's CPUs. The group `smp` is run from 2 on.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    cpus: u32,
+    /// Whom to run.
+    #[arg(long, value_delimiter = ',', default_values = ["native", "qemu", "ruse"])]
+    peers: Vec<Peer>,
+    /// The kernel; without it, the default guest's.
+    #[arg(long)]
+    kernel: Option<PathBuf>,
+    /// The `ruse` to measure; without it, the one of this tree is built.
+    #[arg(long)]
+    ruse: Option<PathBuf>,
+    /// More arguments for `ruse run`, as one word each.
+    #[arg(long = "ruse-arg", allow_hyphen_values = true)]
+    ruse_args: Vec<String>,
+    /// QEMU's machine type.
+    #[arg(long, default_value = "pc")]
+    qemu_machine: String,
+    /// Ends a run that takes longer than this many seconds.
+    #[arg(long, default_value_t = 900)]
+    timeout: u64,
+    /// Writes all figures to this file as well.
+    #[arg(long)]
+    json: Option<PathBuf>,
+}
+
+/// Who runs the program.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
+pub enum Peer {
+    /// This host, without a guest.
+    Native,
+    /// QEMU with TCG, `-cpu max`.
+    Qemu,
+    /// Ruse with `--accel dbt`.
+    Ruse,
+}
+
+impl Peer {
+    /// The name on the command line and in reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Peer::Native => "native",
+            Peer::Qemu => "qemu",
+            Peer::Ruse => "ruse",
+        }
+    }
+}
+
+/// All figures of one peer, a value for each round.
+#[derive(Default)]
+pub struct Figures {
+    /// Seconds from the start of the process to `GUEST-UP`, and to its end, with nothing to run.
+    pub boots: Vec<(f64, f64)>,
+    /// The times of each case.
+    pub cases: BTreeMap<String, CaseFigures>,
+    /// KiB of resident memory that is not guest RAM, after the boot.
+    pub overhead_kib: Option<u64>,
+}
+
+/// The times of one case under one peer.
+#[derive(Default)]
+pub struct CaseFigures {
+    /// Seconds, a value for each round.
+    pub seconds: Vec<f64>,
+    /// The result, which has to be the same everywhere.
+    pub check: String,
+}
+
+/// Everything that was measured.
+pub struct Measured {
+    /// Group and name of each case, in the program's order.
+    pub cases: Vec<(String, String)>,
+    /// Each peer's figures.
+    pub peers: BTreeMap<Peer, Figures>,
+}
+
+/// Runs the benchmark and prints its report.
+pub fn run(options: &Options) -> Result<()> {
+    let materials = Materials::prepare(options.kernel.as_deref())?;
+    let cases = choose_cases(&materials.list_cases()?, options)?;
+    let peers = present_peers(options)?;
+    let job = Job::new(options, &materials, &cases)?;
+    let mut measured =
+        Measured { cases, peers: peers.iter().map(|&peer| (peer, Figures::default())).collect() };
+    for round in 1..=options.rounds {
+        for &peer in &peers {
+            eprintln!("round {round} of {}: {}", options.rounds, peer.name());
+            let figures = measured.peers.get_mut(&peer).expect("every present peer has figures");
+            one_round(&job, peer, figures).with_context(|| format!("running {}", peer.name()))?;
+        }
+    }
+    report::print(&measured, options);
+    if let Some(path) = &options.json {
+        let text = serde_json::to_string_pretty(&report::json(&measured, options))?;
+        std::fs::write(path, text + "\n").with_context(|| format!("writing {}", path.display()))?;
+    }
+    match report::wrong_checks(&measured) {
+        wrong if wrong.is_empty() => Ok(()),
+        wrong => bail!("results differ between peers: {}", wrong.join(", ")),
+    }
+}
+
+fn one_round(job: &Job, peer: Peer, figures: &mut Figures) -> Result<()> {
+    if peer != Peer::Native {
+        figures.boots.push(job.boot(peer)?);
+    }
+    if peer == Peer::Ruse && figures.overhead_kib.is_none() {
+        figures.overhead_kib = Some(job.overhead_kib()?);
+    }
+    if job.has_cases() {
+        let Outcome { cases, .. } = job.cases(peer)?;
+        for CaseTime { name, seconds, check } in cases {
+            let case = figures.cases.entry(name.clone()).or_default();
+            if !case.check.is_empty() && case.check != check {
+                bail!("{name} gave {check} after {}", case.check);
+            }
+            case.seconds.push(seconds);
+            case.check = check;
+        }
+    }
+    Ok(())
+}
+
+/// The cases that are asked for; names that do not exist are an error.
+fn choose_cases(all: &[(String, String)], options: &Options) -> Result<Vec<(String, String)>> {
+    if options.cases == ["none"] {
+        return Ok(Vec::new());
+    }
+    for want in &options.cases {
+        if !all.iter().any(|(group, name)| want == group || want == name) {
+            bail!("no case or group {want:?}; there are: {}", names(all).join(", "));
+        }
+    }
+    let wanted = |(group, name): &&(String, String)| match &options.cases[..] {
+        [] => options.cpus > 1 || group != "smp",
+        some => some.contains(group) || some.contains(name),
+    };
+    let chosen: Vec<_> = all.iter().filter(wanted).cloned().collect();
+    if options.cpus < 2 && chosen.iter().any(|(group, _)| group == "smp") {
+        bail!("the cases of group smp need --cpus 2");
+    }
+    Ok(chosen)
+}
+
+fn names(cases: &[(String, String)]) -> Vec<String> {
+    cases.iter().map(|(_, name)| name.clone()).collect()
+}
+
+/// The peers that this machine has. Without QEMU the others are still measured.
+fn present_peers(options: &Options) -> Result<Vec<Peer>> {
+    let mut peers = options.peers.clone();
+    if peers.contains(&Peer::Qemu) && !run::qemu_is_here() {
+        eprintln!("{} is not on this machine: left out (Debian has it in qemu-system-x86)", run::QEMU);
+        peers.retain(|&peer| peer != Peer::Qemu);
+    }
+    peers.dedup();
+    if peers.is_empty() { bail!("nobody to run") } else { Ok(peers) }
+}

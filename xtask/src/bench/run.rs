@@ -1,0 +1,278 @@
+//! One run of one peer: the process, what it prints and when.
+
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::path::PathBuf;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+
+use super::build::{self, Materials};
+use super::{Options, Peer};
+
+/// QEMU's program.
+pub const QEMU: &str = "qemu-system-x86_64";
+/// How the guest's RAM is named among the mappings of `ruse`.
+const GUEST_RAM: &str = "memfd:guest-ram";
+/// The lines that are shown when a run fails.
+const LAST_LINES: usize = 15;
+
+/// Whether QEMU is on this machine.
+pub fn qemu_is_here() -> bool {
+    Command::new(QEMU).arg("--version").stdout(Stdio::null()).status().is_ok_and(|status| status.success())
+}
+
+/// What every run has in common.
+pub struct Job<'a> {
+    options: &'a Options,
+    materials: &'a Materials,
+    ruse: PathBuf,
+    cases: Vec<String>,
+}
+
+/// What a run gave.
+pub struct Outcome {
+    /// Seconds from the start to `GUEST-UP`.
+    pub up: Option<f64>,
+    /// Seconds from the start to the end.
+    pub end: f64,
+    /// The cases that ran.
+    pub cases: Vec<CaseTime>,
+    /// What it printed at last.
+    pub last_lines: String,
+}
+
+/// One case's line.
+pub struct CaseTime {
+    /// The case.
+    pub name: String,
+    /// How long it took, by its own clock.
+    pub seconds: f64,
+    /// Its result.
+    pub check: String,
+}
+
+impl<'a> Job<'a> {
+    /// Prepares runs of these cases.
+    pub fn new(
+        options: &'a Options,
+        materials: &'a Materials,
+        cases: &[(String, String)],
+    ) -> Result<Job<'a>> {
+        let ruse = match &options.ruse {
+            Some(path) => path.clone(),
+            None if options.peers.contains(&Peer::Ruse) => build::ruse()?,
+            None => PathBuf::new(),
+        };
+        Ok(Job { options, materials, ruse, cases: super::names(cases) })
+    }
+
+    /// Whether there is more to run than the boot.
+    pub fn has_cases(&self) -> bool {
+        !self.cases.is_empty()
+    }
+
+    /// Boots and powers off: seconds to `GUEST-UP` and to the end of the process.
+    pub fn boot(&self, peer: Peer) -> Result<(f64, f64)> {
+        let outcome = self.finish(self.command(peer, "bench=none"))?;
+        let up =
+            outcome.up.with_context(|| format!("the guest never said GUEST-UP:\n{}", outcome.last_lines))?;
+        Ok((up, outcome.end))
+    }
+
+    /// Runs the cases.
+    pub fn cases(&self, peer: Peer) -> Result<Outcome> {
+        let outcome = self.finish(self.command(peer, &format!("bench={}", self.cases.join(","))))?;
+        let expected = |name: &&String| !outcome.cases.iter().any(|case| case.name == **name);
+        if let Some(missing) = self.cases.iter().find(expected) {
+            bail!("case {missing} did not run:\n{}", outcome.last_lines);
+        }
+        Ok(outcome)
+    }
+
+    /// Resident memory of `ruse` that is not guest RAM, in KiB, with the guest up and idle.
+    pub fn overhead_kib(&self) -> Result<u64> {
+        let mut run = Running::start(self.command(Peer::Ruse, "bench=none shell"), self.options.timeout)?;
+        while let Some((_, line)) = run.next_line()? {
+            if line.contains("GUEST-DONE") {
+                thread::sleep(Duration::from_millis(500));
+                return run.overhead_kib();
+            }
+        }
+        bail!("the guest ended early:\n{}", run.last_lines())
+    }
+
+    fn finish(&self, command: Command) -> Result<Outcome> {
+        let mut run = Running::start(command, self.options.timeout)?;
+        let (mut up, mut cases) = (None, Vec::new());
+        while let Some((seconds, line)) = run.next_line()? {
+            if line.contains("GUEST-UP") {
+                up = Some(seconds);
+            } else if let Some(case) = CaseTime::parse(&line) {
+                cases.push(case);
+            }
+        }
+        let (status, end) = run.wait()?;
+        ensure!(status.success(), "it ended with {status}:\n{}", run.last_lines());
+        Ok(Outcome { up, end, cases, last_lines: run.last_lines() })
+    }
+
+    fn command(&self, peer: Peer, what: &str) -> Command {
+        let line = format!("console=ttyS0 panic=-1 quiet {what}");
+        let cpus = self.options.cpus.to_string();
+        let Materials { program, initrd, kernel } = self.materials;
+        match peer {
+            Peer::Native => {
+                let mut command = Command::new(program);
+                command.args(&self.cases);
+                command
+            }
+            Peer::Qemu => {
+                let mut command = Command::new(QEMU);
+                command.args(["-nodefaults", "-display", "none", "-serial", "stdio", "-no-reboot"]);
+                command.args(["-M", &self.options.qemu_machine, "-accel", "tcg", "-cpu", "max"]);
+                command.args(["-m", "1024", "-smp", &cpus, "-append", &line]);
+                command.arg("-kernel").arg(kernel).arg("-initrd").arg(initrd);
+                command
+            }
+            Peer::Ruse => {
+                let mut command = Command::new(&self.ruse);
+                command.args([
+                    "run",
+                    "--accel",
+                    "dbt",
+                    "--memory",
+                    "1G",
+                    "--cpus",
+                    &cpus,
+                    "--cmdline",
+                    &line,
+                ]);
+                command.arg("--kernel").arg(kernel).arg("--initrd").arg(initrd).args(&self.options.ruse_args);
+                command
+            }
+        }
+    }
+}
+
+/// A process whose lines come with the time at which they came.
+struct Running {
+    child: Child,
+    start: Instant,
+    deadline: Instant,
+    lines: Receiver<(Instant, String)>,
+    last: Vec<String>,
+}
+
+impl Running {
+    fn start(mut command: Command, timeout: u64) -> Result<Running> {
+        command.stdin(Stdio::null()).stdout(Stdio::piped());
+        let start = Instant::now();
+        let program = command.get_program().to_owned();
+        let mut child = command.spawn().with_context(|| format!("starting {}", program.display()))?;
+        let mut output = BufReader::new(child.stdout.take().expect("standard output is a pipe"));
+        let (sender, lines) = mpsc::channel();
+        thread::spawn(move || {
+            let mut line = Vec::new();
+            while output.read_until(b'\n', &mut line).is_ok_and(|count| count > 0) {
+                let text = String::from_utf8_lossy(&line).trim_end().to_owned();
+                if sender.send((Instant::now(), text)).is_err() {
+                    return;
+                }
+                line.clear();
+            }
+        });
+        Ok(Running { child, start, deadline: start + Duration::from_secs(timeout), lines, last: Vec::new() })
+    }
+
+    /// The next line, with the seconds since the start; nothing at the end of the output.
+    fn next_line(&mut self) -> Result<Option<(f64, String)>> {
+        match self.lines.recv_timeout(self.deadline.saturating_duration_since(Instant::now())) {
+            Ok((time, line)) => {
+                if self.last.len() == LAST_LINES {
+                    self.last.remove(0);
+                }
+                self.last.push(line.clone());
+                Ok(Some(((time - self.start).as_secs_f64(), line)))
+            }
+            Err(RecvTimeoutError::Disconnected) => Ok(None),
+            Err(RecvTimeoutError::Timeout) => Err(anyhow!("it takes too long:\n{}", self.last_lines())),
+        }
+    }
+
+    fn wait(&mut self) -> Result<(ExitStatus, f64)> {
+        let status = self.child.wait().context("waiting for its end")?;
+        Ok((status, self.start.elapsed().as_secs_f64()))
+    }
+
+    fn last_lines(&self) -> String {
+        self.last.join("\n")
+    }
+
+    fn overhead_kib(&self) -> Result<u64> {
+        let path = format!("/proc/{}/smaps", self.child.id());
+        let smaps = fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
+        Ok(resident_besides(&smaps, GUEST_RAM))
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // Of a process that has ended there is nothing to end or to wait for.
+        self.child.kill().ok();
+        self.child.wait().ok();
+    }
+}
+
+/// The sum of `Rss:` over the mappings whose path does not contain `name`, in KiB.
+fn resident_besides(smaps: &str, name: &str) -> u64 {
+    let (mut total, mut counts) = (0, true);
+    for line in smaps.lines() {
+        let mut words = line.split_whitespace();
+        match words.next() {
+            Some("Rss:") if counts => {
+                total += words.next().and_then(|kib| kib.parse::<u64>().ok()).unwrap_or(0)
+            }
+            Some(word) if !word.ends_with(':') => counts = !line.contains(name),
+            _ => {}
+        }
+    }
+    total
+}
+
+impl CaseTime {
+    /// Reads `BENCH group name seconds check`; a case that this CPU cannot run has no seconds.
+    fn parse(line: &str) -> Option<CaseTime> {
+        let mut words = line[line.find("BENCH ")?..].split_whitespace().skip(2);
+        let (name, seconds, check) = (words.next()?, words.next()?, words.next()?);
+        let seconds = if seconds == "-" { f64::NAN } else { seconds.parse().ok()? };
+        Some(CaseTime { name: name.to_owned(), seconds, check: check.to_owned() })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_of_cases_are_read() {
+        let case = CaseTime::parse("[ 1.0] BENCH int sieve 0.1234 00000000000001ab").unwrap();
+        assert_eq!(
+            (case.name.as_str(), case.seconds, case.check.as_str()),
+            ("sieve", 0.1234, "00000000000001ab")
+        );
+        assert!(CaseTime::parse("BENCH fp avx2 - no-avx2").unwrap().seconds.is_nan());
+        assert!(CaseTime::parse("BENCH int sieve").is_none());
+        assert!(CaseTime::parse("GUEST-UP 1.0").is_none());
+    }
+
+    #[test]
+    fn guest_ram_is_left_out_of_the_resident_memory() {
+        let smaps = "7f00-7f10 rw-s 0 00:01 5 /memfd:guest-ram (deleted)\nRss:  900 kB\nPss: 900 kB\n\
+                     7f20-7f30 rw-p 0 00:00 0 [heap]\nRss:  12 kB\n7f40-7f50 r-xp 0 00:00 0\nRss:  30 kB\n";
+        assert_eq!(resident_besides(smaps, GUEST_RAM), 42);
+    }
+}
