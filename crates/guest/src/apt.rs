@@ -78,10 +78,13 @@ impl AptCommands {
         Err(GuestError::UnknownPackage { packages: packages.join(" or ") })
     }
 
-    /// Where the file of `package` is.
-    pub(crate) fn locate(&self, package: &str) -> Result<PackageFile, GuestError> {
+    /// Where the file of `package` is. Apt says nothing of a file that is in the directory already,
+    /// so it is asked in one that is `empty`.
+    pub(crate) fn locate(&self, package: &str, empty: &Path) -> Result<PackageFile, GuestError> {
         let arguments = ["download", "--print-uris", package];
-        let output = self.run(&self.get, &arguments)?;
+        let mut command = self.command(&self.get, &arguments);
+        command.current_dir(empty);
+        let output = self.finish(command, &self.get, &arguments)?;
         let line = output.lines().rfind(|line| line.starts_with('\'')).unwrap_or(output.trim());
         PackageFile::parse(line).ok_or_else(|| GuestError::BadReply {
             command: self.describe(&self.get, &arguments),
@@ -110,7 +113,10 @@ impl AptCommands {
     }
 
     fn run(&self, program: &Path, arguments: &[&str]) -> Result<String, GuestError> {
-        let mut command = self.command(program, arguments);
+        self.finish(self.command(program, arguments), program, arguments)
+    }
+
+    fn finish(&self, mut command: Command, program: &Path, arguments: &[&str]) -> Result<String, GuestError> {
         tracing::debug!(?command, "asking apt");
         let Output { status, stdout, stderr } =
             command.output().map_err(|error| self.not_started(program, error))?;

@@ -166,9 +166,11 @@ impl DefaultGuest {
         progress: &mut dyn Progress,
     ) -> Result<[Fetched; 2], GuestError> {
         progress.step("asking apt for the packages");
+        let empty = dir.join("empty");
+        cache::fresh_dir(&empty)?;
         let mut plan = Vec::new();
         for name in [apt.resolve(KERNEL_PACKAGES, KERNEL_PREFIX)?, BUSYBOX_PACKAGE.to_owned()] {
-            let file = apt.locate(&name)?;
+            let file = apt.locate(&name, &empty)?;
             plan.push((name, file));
         }
         let mut get = |(name, file): (String, PackageFile)| {

@@ -35,7 +35,7 @@ impl Archive {
              *linux-image*) f={KERNEL};;\n *) f={BUSYBOX};;\nesac\n\
              s=$(stat -c %s $A/pool/$f); h=$(cat $A/$f.sum 2>/dev/null || sha256sum < $A/pool/$f | cut -c-64)\n\
              case \"$*\" in\n\
-             *print-uris*) echo \"'file:$A/pool/$f' $f $s SHA256:$h\";;\n\
+             *print-uris*) [ -e $f ] || echo \"'file:$A/pool/$f' $f $s SHA256:$h\";;\n\
              *) [ -e $A/cut ] && {{ head -c 100 $A/pool/$f > $f; echo 'E: cut off' >&2; rm $A/cut; exit 100; }}\n\
                 have=$(stat -c %s $f 2>/dev/null || echo 0); echo $f $have >> $A/resumed\n\
                 tail -c +$((have + 1)) $A/pool/$f >> $f;;\nesac\n"));
@@ -145,6 +145,17 @@ fn a_download_that_was_cut_off_is_resumed() {
     archive.prepare().unwrap();
     let resumed = fs::read_to_string(archive.path("resumed")).unwrap();
     assert!(resumed.contains(&format!("{KERNEL} 100")), "{resumed}");
+}
+
+#[test]
+fn a_download_that_is_whole_already_is_used() {
+    let archive = Archive::new();
+    let downloads = archive.path("cache/guest/downloads");
+    fs::create_dir_all(&downloads).unwrap();
+    fs::copy(archive.path("pool").join(KERNEL), downloads.join(KERNEL)).unwrap();
+    archive.prepare().unwrap();
+    let resumed = fs::read_to_string(archive.path("resumed")).unwrap();
+    assert!(!resumed.contains(KERNEL), "{resumed}");
 }
 
 #[test]
