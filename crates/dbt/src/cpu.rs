@@ -58,6 +58,11 @@ impl Shared {
     }
 }
 
+/// A buffer aligned for every vector access.
+#[repr(C, align(64))]
+#[derive(Clone, Copy)]
+pub struct Bounce(pub [u64; 8]);
+
 /// x87, SSE and AVX registers: an FXSAVE image (SDM volume 1, 10.5.1) and the upper halves of the YMM registers, which
 /// is also the standard XSAVE layout with the header between left as it is.
 #[repr(C, align(64))]
@@ -118,10 +123,20 @@ pub struct Cpu {
     pub user_generation: u32,
     /// The x87 registers are in the host's unit, not in `fpu`.
     pub x87_resident: u32,
+    /// An interrupt waits on the bus that IF holds back: generated code leaves when it sets IF.
+    pub irq_waiting: u32,
+    /// Why generated code was left (a number of the back end).
+    pub exit_reason: u32,
+    /// Details of the exit.
+    pub exit_value: u64,
+    /// More details of the exit.
+    pub exit_aux: u64,
+    /// The block's own address, for calls from generated code.
+    pub this: u64,
     /// Scratch of generated code and its thunks.
     pub scratch: [u64; 8],
     /// Bytes of an access that cannot be made in place.
-    pub bounce: [u64; 8],
+    pub bounce: Bounce,
     /// Vector and x87 registers.
     pub fpu: FpuArea,
     /// Host MXCSR to go back to.
@@ -200,6 +215,8 @@ pub struct Cpu {
     pub clock: Arc<Clock>,
     /// The software MMU.
     pub mmu: Mmu,
+    /// Decoded instructions of tier 0.
+    pub decoded: crate::tier0::DecodeCache,
     /// Counters for diagnosis.
     pub counters: Counters,
     /// Bytes (guest physical address, length) of pages with code that this vCPU wrote and the translator has not seen.
@@ -270,6 +287,7 @@ impl CpuBox {
         let inner = Arc::get_mut(&mut arena).expect("just made");
         let shared = NonNull::from(&inner.shared);
         let cpu = inner.cpu.get_mut().write(Cpu::blank(id, cpuid, clock, mmu, shared));
+        cpu.this = std::ptr::from_mut(cpu) as u64;
         cpu.load_state(&VcpuState::default());
         Self { arena }
     }
@@ -314,8 +332,13 @@ impl Cpu {
             kernel_generation: 0,
             user_generation: 0,
             x87_resident: 0,
+            irq_waiting: 0,
+            exit_reason: 0,
+            exit_value: 0,
+            exit_aux: 0,
+            this: 0,
             scratch: [0; 8],
-            bounce: [0; 8],
+            bounce: Bounce([0; 8]),
             fpu: FpuArea { fxsave: [0; 512], header: [0; 8], ymm_high: [[0; 2]; 16] },
             host_mxcsr: 0x1f80,
             host_rsp: 0,
@@ -355,6 +378,7 @@ impl Cpu {
             id,
             clock,
             mmu,
+            decoded: crate::tier0::DecodeCache::default(),
             counters: Counters::default(),
             written_code: Vec::new(),
             bus: None,
@@ -380,16 +404,26 @@ impl Cpu {
 
     /// Runs `body` with the machine in reach.
     pub fn with_bus<R>(&mut self, bus: &dyn Bus, body: impl FnOnce(&mut Self) -> R) -> R {
-        struct Clear<'a>(&'a mut Cpu);
-        impl Drop for Clear<'_> {
+        Self::attach(self, |cpu| cpu, bus, body)
+    }
+
+    /// Runs `body` on the owner of a vCPU, with the machine in the vCPU's reach.
+    pub fn attach<T, R>(
+        owner: &mut T,
+        cpu: fn(&mut T) -> &mut Self,
+        bus: &dyn Bus,
+        body: impl FnOnce(&mut T) -> R,
+    ) -> R {
+        struct Clear<'a, T>(&'a mut T, fn(&mut T) -> &mut Cpu);
+        impl<T> Drop for Clear<'_, T> {
             fn drop(&mut self) {
-                self.0.bus = None;
+                self.1(self.0).bus = None;
             }
         }
         // SAFETY: only the lifetime changes; `Clear` takes the pointer away before the borrow ends.
         let bus: NonNull<dyn Bus> = unsafe { std::mem::transmute(NonNull::from(bus)) };
-        self.bus = Some(bus);
-        let clear = Clear(self);
+        cpu(owner).bus = Some(bus);
+        let clear = Clear(owner, cpu);
         body(clear.0)
     }
 

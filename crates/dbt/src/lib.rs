@@ -3,7 +3,10 @@
 //! Two executors share one vCPU block ([`cpu::Cpu`]) and one software MMU ([`mmu`]): [`tier0`] executes single
 //! instructions, all of them; the translator makes host code of the frequent ones.
 
+pub mod backend;
 pub mod code_memory;
 pub mod cpu;
+pub mod frontend;
+pub mod ir;
 pub mod mmu;
 pub mod tier0;

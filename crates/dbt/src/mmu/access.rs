@@ -114,6 +114,24 @@ impl Cpu {
         })
     }
 
+    /// Sets and clears bits of one byte as a locked operation, for the accessed and busy bits of descriptors.
+    pub fn update_byte(&mut self, la: u64, set: u8, clear: u8, who: Who) -> Result<(), Exception> {
+        let la = self.wrap(la);
+        match self.place(la, 1, Access::Write, who)? {
+            Place::Ram(host) => change_byte(host, set, clear),
+            Place::Code(host, gpa) => {
+                change_byte(host, set, clear);
+                self.code_written(gpa, 1);
+            }
+            Place::Device(gpa) => {
+                let mut byte = [0];
+                self.device_read(gpa, &mut byte);
+                self.device_write(gpa, &[byte[0] & !clear | set]);
+            }
+        }
+        Ok(())
+    }
+
     /// Reads what a place holds.
     pub fn read_place(&mut self, place: Place, buf: &mut [u8]) {
         match place {
@@ -185,6 +203,18 @@ fn device_parts(gpa: u64, len: usize) -> impl Iterator<Item = usize> {
         at += part;
         Some(part as usize)
     })
+}
+
+/// Clears, then sets bits of a byte of guest RAM atomically.
+fn change_byte(host: *mut u8, set: u8, clear: u8) {
+    // SAFETY: the caller has translated the byte for writing; other CPUs may change it too, hence the atomic.
+    let byte = unsafe { AtomicU8::from_ptr(host) };
+    if clear != 0 {
+        byte.fetch_and(!clear, Ordering::SeqCst);
+    }
+    if set != 0 {
+        byte.fetch_or(set, Ordering::SeqCst);
+    }
 }
 
 /// Copies from guest RAM; aligned powers of two are single accesses, as on hardware.

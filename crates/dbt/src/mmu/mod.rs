@@ -125,9 +125,11 @@ impl Mmu {
     pub fn select(&mut self, user: bool, ac: bool) -> (*mut Entry, *mut Jump) {
         self.view = view_index(user, ac);
         let mode = self.jump_mode;
-        let view = self.view_mut(self.view);
-        view.set_jump_mode(mode);
-        (view.entries_ptr(), view.jumps_ptr())
+        // Fetches do not look at AC: both kernel views share a jump cache.
+        let jump_view = self.view_mut(if user { USER } else { KERNEL });
+        jump_view.set_jump_mode(mode);
+        let jumps = jump_view.jumps_ptr();
+        (self.view_mut(self.view).entries_ptr(), jumps)
     }
 
     /// Says which kind of code runs (a key of the translator); takes effect with the next [`Mmu::select`].
@@ -240,6 +242,18 @@ impl Mmu {
     pub fn host_page(&self, gpa: u64) -> Option<*mut u8> {
         let region = self.regions.iter().find(|r| gpa.wrapping_sub(r.gpa) < r.size)?;
         Some(region.host.wrapping_add((gpa - region.gpa) as usize & !0xfff))
+    }
+
+    /// Guest physical address of the page of RAM at a host address.
+    pub fn gpa_of_host(&self, host: u64) -> Option<u64> {
+        let region = self.regions.iter().find(|r| host.wrapping_sub(r.host as u64) < r.size)?;
+        Some(region.gpa + (host - region.host as u64))
+    }
+
+    /// Enters a translation of code at `va` into the jump cache in force.
+    pub fn fill_jump(&mut self, va: u64, host: *const u8) {
+        let view = if self.view == KERNEL_AC { KERNEL } else { self.view };
+        self.view_mut(view).fill_jump(va, host);
     }
 
     /// Walks the page tables without touching the TLB.

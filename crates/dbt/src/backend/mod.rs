@@ -1,0 +1,3 @@
+//! Back ends: make host code of regions, one host instruction set each.
+
+pub mod x86_64;

@@ -1,0 +1,509 @@
+//! Makes host code of a region.
+
+use iced_x86::{Encoder, InstructionInfoFactory};
+use ruse_arch::{flags::rflags, state::seg};
+
+use super::{
+    Home,
+    asm::{
+        Asm, Mem, cc,
+        host::{GUEST_RSP, T0, T1},
+    },
+    block, home,
+    thunks::Thunks,
+};
+use crate::{
+    frontend::x86_64::ARITH,
+    ir::{MemUse, Node, Op, Region, Value},
+    mmu::tlb::{JUMPS, Jump},
+};
+
+/// A jump of a region to another one that can be made direct.
+#[derive(Clone, Copy, Debug)]
+pub struct Link {
+    /// Linear address of the target.
+    pub target: u64,
+    /// Offset in the region's code of the displacement that leads to the target once it is known.
+    pub site: u32,
+    /// Offset of the code that the displacement leads to as long as it is not.
+    pub unresolved: u32,
+    /// For a target on another page: offset of the constant that is compared with the generation of mappings.
+    pub guard: Option<u32>,
+}
+
+/// Where in the host code a guest instruction begins.
+#[derive(Clone, Copy, Debug)]
+pub struct Mark {
+    /// Offset in the region's code.
+    pub host: u32,
+    /// Offset of the guest instruction from the region's start.
+    pub guest: u16,
+    /// The arithmetic flags are in the host's flags, not in the block, if the host instruction here faults.
+    pub host_flags: bool,
+}
+
+/// Code made of a region.
+#[derive(Debug)]
+pub struct Code {
+    /// The bytes, for the address that the emitter was made for.
+    pub bytes: Vec<u8>,
+    /// Jumps to other regions.
+    pub links: Vec<Link>,
+    /// Guest instructions, by ascending host offset.
+    pub marks: Vec<Mark>,
+}
+
+/// The part of a probe that is out of line.
+pub(super) struct SlowPath {
+    pub branch: usize,
+    pub back: u64,
+    pub mem: MemUse,
+    pub tag: i32,
+    pub guest: u16,
+}
+
+/// A jump whose code is out of line.
+struct Stub {
+    /// Offset of the displacement that leads here.
+    branch: usize,
+    kind: StubKind,
+}
+
+enum StubKind {
+    /// Leave with [`super::exit::AT`] at this linear address.
+    At(u64),
+    /// Leave to a linear address that may be linked; save the flags first.
+    Exit { target: u64, save_flags: bool },
+    /// The link with this index is not resolved.
+    Unresolved(usize),
+}
+
+/// Makes the code of one region.
+pub struct Emitter<'a> {
+    pub(super) asm: Asm,
+    pub(super) encoder: &'a mut Encoder,
+    pub(super) info: &'a mut InstructionInfoFactory,
+    pub(super) slow_paths: Vec<SlowPath>,
+    pub(super) guest_offset: u16,
+    thunks: &'a Thunks,
+    stubs: Vec<Stub>,
+    links: Vec<Link>,
+    marks: Vec<Mark>,
+    /// Number that the region's first link will have.
+    first_link: u32,
+    start: u64,
+    /// The arithmetic flags are in the host's flags.
+    in_host: bool,
+    /// The arithmetic flags are in the block.
+    in_block: bool,
+    x87_loaded: bool,
+}
+
+impl<'a> Emitter<'a> {
+    /// An emitter for code that will lie at `base`. Its links will have the numbers from `first_link` on.
+    pub fn new(
+        base: u64,
+        first_link: u32,
+        encoder: &'a mut Encoder,
+        info: &'a mut InstructionInfoFactory,
+        thunks: &'a Thunks,
+    ) -> Self {
+        Self {
+            asm: Asm::new(base),
+            encoder,
+            info,
+            slow_paths: Vec::new(),
+            guest_offset: 0,
+            thunks,
+            stubs: Vec::new(),
+            links: Vec::new(),
+            marks: Vec::new(),
+            first_link,
+            start: 0,
+            in_host: false,
+            in_block: true,
+            x87_loaded: false,
+        }
+    }
+
+    /// Makes the code.
+    pub fn emit(mut self, region: &Region) -> Code {
+        self.start = region.start;
+        self.mark();
+        self.asm.cmp_imm32(block::REQUESTS, 0);
+        let branch = self.asm.jcc(cc::NE, 0);
+        self.stubs.push(Stub { branch, kind: StubKind::At(region.start) });
+        let mut ended = false;
+        for node in &region.nodes {
+            self.guest_offset = node.insn.ip().wrapping_sub(region.start) as u16;
+            if node.op.probes() || node.x87 {
+                self.spill_flags(live_in(node));
+            }
+            self.mark();
+            ended = self.node(node);
+            if ended {
+                break;
+            }
+        }
+        if !ended {
+            self.fall_through(region);
+        }
+        self.out_of_line();
+        Code { bytes: self.asm.code, links: self.links, marks: self.marks }
+    }
+
+    fn mark(&mut self) {
+        let host = self.asm.code.len() as u32;
+        self.marks.push(Mark { host, guest: self.guest_offset, host_flags: self.in_host && !self.in_block });
+    }
+
+    fn fall_through(&mut self, region: &Region) {
+        self.spill_flags(region.live_at_end);
+        self.in_host = false;
+        if region.after_sti {
+            self.asm.cmp_imm32(block::IRQ_WAITING, 0);
+            let branch = self.asm.jcc(cc::NE, 0);
+            self.stubs.push(Stub { branch, kind: StubKind::At(region.end) });
+        }
+        self.exit_to(region.end);
+    }
+
+    /// Emits one node; `true` if nothing runs after it.
+    fn node(&mut self, node: &Node) -> bool {
+        let i = &node.insn;
+        if node.x87 && !self.x87_loaded {
+            self.load_x87();
+        }
+        match node.op {
+            Op::Nop => {}
+            Op::Host(mem) => {
+                if self.host_node(node, mem).is_err() {
+                    self.interpret(i.ip(), live_in(node));
+                    return true;
+                }
+            }
+            Op::Address => self.lea_node(i),
+            Op::Push(value) => self.push(node, value),
+            Op::Pop(guest) => self.pop(guest),
+            Op::PushFlags => self.push_flags(),
+            Op::Leave => self.leave(),
+            Op::SwapGs => self.swap_gs(),
+            Op::DisableInterrupts => {
+                // and dword [rflags], ~IF
+                self.asm.mem(&[], false, &[0x81], 4, block::RFLAGS);
+                self.asm.bytes(&(!rflags::IF as u32).to_le_bytes());
+                self.in_host = false;
+            }
+            Op::EnableInterrupts => {
+                // or dword [rflags], IF
+                self.asm.mem(&[], false, &[0x81], 1, block::RFLAGS);
+                self.asm.bytes(&(rflags::IF as u32).to_le_bytes());
+                self.in_host = false;
+            }
+            Op::Branch { condition, target } => self.branch(node, condition as u8 - 1, target),
+            Op::Jump { target } => {
+                self.spill_flags(node.live_at_exit);
+                self.in_host = false;
+                self.exit_to(target);
+            }
+            Op::Call { target } => {
+                self.push_address(i.next_ip());
+                self.exit_to(target);
+            }
+            Op::JumpTo(value) => {
+                self.value(node, value);
+                self.exit_indirect();
+            }
+            Op::CallTo(value) => {
+                self.value(node, value);
+                self.asm.store(block::scratch(0), T0);
+                self.push_address(i.next_ip());
+                self.asm.load(T0, block::scratch(0));
+                self.exit_indirect();
+            }
+            Op::Return(extra) => {
+                self.asm.mov(T0, GUEST_RSP);
+                self.probe(MemUse { write: false, size: 8 });
+                self.asm.load(T0, Mem::At(T0, 0));
+                self.asm.lea(GUEST_RSP, GUEST_RSP, 8 + i32::from(extra));
+                self.exit_indirect();
+            }
+            Op::Interpret => self.interpret(i.ip(), live_in(node)),
+        }
+        node.op.ends_region()
+    }
+
+    /// The identity lane.
+    fn host_node(&mut self, node: &Node, mem: Option<MemUse>) -> Result<(), super::operands::Unencodable> {
+        if let Some(mem) = mem {
+            self.address(&node.insn);
+            self.probe(mem);
+            self.in_host = false;
+        }
+        // A partial change of flags that are alive needs the others beside it.
+        let merges = node.writes && node.live_out & !node.kills != 0;
+        if node.reads != 0 || merges {
+            self.restore_flags();
+        }
+        self.host_insn(&node.insn, mem.is_some())?;
+        if node.writes {
+            self.in_host = true;
+            self.in_block = false;
+        }
+        Ok(())
+    }
+
+    /// Puts the flags into the block if one of `live` would be lost with the host's flags.
+    fn spill_flags(&mut self, live: u32) {
+        if live != 0 && self.in_host && !self.in_block {
+            self.asm.bytes(&[0x9c]); // pushfq
+            self.asm.mem(&[], false, &[0x8f], 0, block::ARITH); // pop [arith]
+            self.in_block = true;
+        }
+    }
+
+    /// Puts the flags into the host's flags.
+    fn restore_flags(&mut self) {
+        if !self.in_host {
+            self.asm.mem(&[], false, &[0xff], 6, block::ARITH); // push [arith]
+            self.asm.bytes(&[0x9d]); // popfq
+            self.in_host = true;
+        }
+    }
+
+    fn load_x87(&mut self) {
+        self.asm.cmp_imm32(block::X87_RESIDENT, 0);
+        let over = self.asm.jcc(cc::NE, 0);
+        self.asm.call(self.thunks.load_x87);
+        self.asm.bind(over);
+        self.in_host = false;
+        self.x87_loaded = true;
+    }
+
+    /// Loads a value into T0.
+    fn value(&mut self, node: &Node, value: Value) {
+        match value {
+            Value::Reg(guest) => {
+                let r = self.loaded(guest, T0);
+                if r != T0 {
+                    self.asm.mov(T0, r);
+                }
+            }
+            Value::Imm(value) => self.asm.mov_imm(T0, value),
+            Value::Mem => {
+                self.address(&node.insn);
+                self.probe(MemUse { write: false, size: 8 });
+                self.in_host = false;
+                self.asm.load(T0, Mem::At(T0, 0));
+            }
+        }
+    }
+
+    /// Host address of the 8 bytes below the stack pointer in T0.
+    fn probe_push(&mut self) {
+        self.asm.lea(T0, GUEST_RSP, -8);
+        self.probe(MemUse { write: true, size: 8 });
+        self.in_host = false;
+    }
+
+    fn push(&mut self, node: &Node, value: Value) {
+        match value {
+            Value::Reg(guest) => {
+                self.probe_push();
+                let r = self.loaded(guest, T1);
+                self.asm.store(Mem::At(T0, 0), r);
+            }
+            Value::Imm(value) => {
+                self.probe_push();
+                self.store_constant(value);
+            }
+            Value::Mem => {
+                self.value(node, value);
+                self.asm.store(block::scratch(0), T0);
+                self.probe_push();
+                self.asm.load(T1, block::scratch(0));
+                self.asm.store(Mem::At(T0, 0), T1);
+            }
+        }
+        self.asm.lea(GUEST_RSP, GUEST_RSP, -8);
+    }
+
+    fn push_address(&mut self, address: u64) {
+        self.probe_push();
+        self.store_constant(address);
+        self.asm.lea(GUEST_RSP, GUEST_RSP, -8);
+    }
+
+    /// Stores a constant at the host address in T0.
+    fn store_constant(&mut self, value: u64) {
+        if let Ok(short) = i32::try_from(value as i64) {
+            self.asm.store_imm(Mem::At(T0, 0), short);
+        } else {
+            self.asm.mov_imm(T1, value);
+            self.asm.store(Mem::At(T0, 0), T1);
+        }
+    }
+
+    fn pop(&mut self, guest: u8) {
+        self.asm.mov(T0, GUEST_RSP);
+        self.probe(MemUse { write: false, size: 8 });
+        self.in_host = false;
+        match home(guest) {
+            Home::Host(GUEST_RSP) => self.asm.load(GUEST_RSP, Mem::At(T0, 0)),
+            Home::Host(r) => {
+                self.asm.load(r, Mem::At(T0, 0));
+                self.asm.lea(GUEST_RSP, GUEST_RSP, 8);
+            }
+            Home::Block(at) => {
+                self.asm.load(T0, Mem::At(T0, 0));
+                self.asm.store(Mem::Block(at), T0);
+                self.asm.lea(GUEST_RSP, GUEST_RSP, 8);
+            }
+        }
+    }
+
+    /// The pushed image has RF and VM clear (SDM volume 2, PUSHF).
+    fn push_flags(&mut self) {
+        self.probe_push();
+        self.asm.load(T1, block::ARITH);
+        self.and_t1(rflags::ARITH as u32);
+        self.asm.store(block::scratch(0), T1);
+        self.asm.load(T1, block::RFLAGS);
+        self.and_t1(!(rflags::ARITH | rflags::RF | rflags::VM) as u32);
+        self.asm.mem(&[], true, &[0x0b], T1, block::scratch(0)); // or T1, [scratch]
+        self.asm.store(Mem::At(T0, 0), T1);
+        self.asm.lea(GUEST_RSP, GUEST_RSP, -8);
+    }
+
+    /// `and T1d, mask`: the upper half becomes zero.
+    fn and_t1(&mut self, mask: u32) {
+        self.asm.bytes(&[0x41, 0x81, 0xe0 | T1 & 7]);
+        self.asm.bytes(&mask.to_le_bytes());
+    }
+
+    fn leave(&mut self) {
+        const RBP: u8 = 5;
+        self.asm.mov(T0, RBP);
+        self.probe(MemUse { write: false, size: 8 });
+        self.in_host = false;
+        self.asm.load(T1, Mem::At(T0, 0));
+        self.asm.lea(GUEST_RSP, RBP, 8);
+        self.asm.mov(RBP, T1);
+    }
+
+    fn swap_gs(&mut self) {
+        let base = block::segment_base(seg::GS);
+        self.asm.load(T0, base);
+        self.asm.load(T1, block::KERNEL_GS_BASE);
+        self.asm.store(base, T1);
+        self.asm.store(block::KERNEL_GS_BASE, T0);
+    }
+
+    fn branch(&mut self, node: &Node, condition: u8, target: u64) {
+        self.restore_flags();
+        let branch = self.asm.jcc(condition, 0);
+        let save_flags = node.live_at_exit != 0 && !self.in_block;
+        self.stubs.push(Stub { branch, kind: StubKind::Exit { target, save_flags } });
+    }
+
+    /// Leaves to tier 0 at the linear address `at`.
+    fn interpret(&mut self, at: u64, live: u32) {
+        self.spill_flags(live);
+        self.asm.mov_imm(T0, at);
+        self.asm.jmp(self.thunks.exit_interpret);
+    }
+
+    /// Leaves to a linear address that is known. The flags are in the block.
+    fn exit_to(&mut self, target: u64) {
+        let index = self.links.len();
+        let same_page = target >> 12 == self.start >> 12;
+        let guard = (!same_page).then(|| {
+            let generation =
+                if target >> 63 != 0 { block::KERNEL_GENERATION } else { block::USER_GENERATION };
+            // Generation 0 is never in force: the guard fails until the link is resolved.
+            self.asm.mem(&[], false, &[0x81], 7, generation);
+            let at = self.asm.code.len() as u32;
+            self.asm.bytes(&0u32.to_le_bytes());
+            let branch = self.asm.jcc(cc::NE, 0);
+            self.stubs.push(Stub { branch, kind: StubKind::Unresolved(index) });
+            at
+        });
+        let site = self.asm.jmp(0);
+        self.stubs.push(Stub { branch: site, kind: StubKind::Unresolved(index) });
+        self.links.push(Link { target, site: site as u32, unresolved: 0, guard });
+    }
+
+    /// Leaves to the linear address in T0 through the jump cache. The flags are in the block.
+    fn exit_indirect(&mut self) {
+        const MASK: u32 = (JUMPS - 1) as u32;
+        let asm = &mut self.asm;
+        asm.regs(false, &[0x8b], T1, T0); // mov T1d, T0d
+        asm.bytes(&[0x41, 0x81, 0xe0 | T1 & 7]); // and T1d, MASK
+        asm.bytes(&MASK.to_le_bytes());
+        asm.bytes(&[0x41, 0xc1, 0xe0 | T1 & 7, size_of::<Jump>().trailing_zeros() as u8]); // shl T1d, 4
+        asm.mem(&[], true, &[0x03], T1, block::JUMPS); // add T1, [jumps]
+        asm.mem(&[], true, &[0x3b], T0, Mem::At(T1, 0)); // cmp T0, [T1]
+        asm.jcc(cc::NE, self.thunks.exit_at);
+        asm.jmp_mem(T1, std::mem::offset_of!(Jump, host) as i32);
+    }
+
+    /// Emits what the straight code jumps to when something is not as usual.
+    fn out_of_line(&mut self) {
+        let mut next = 0;
+        while next < self.stubs.len() {
+            let Stub { branch, ref kind } = self.stubs[next];
+            next += 1;
+            match *kind {
+                StubKind::At(address) => {
+                    self.asm.bind(branch);
+                    self.asm.mov_imm(T0, address);
+                    self.asm.jmp(self.thunks.exit_at);
+                }
+                StubKind::Exit { target, save_flags } => {
+                    self.asm.bind(branch);
+                    if save_flags {
+                        self.asm.bytes(&[0x9c]);
+                        self.asm.mem(&[], false, &[0x8f], 0, block::ARITH);
+                    }
+                    self.exit_to(target);
+                }
+                StubKind::Unresolved(index) => self.unresolved(branch, index),
+            }
+        }
+        for slow in std::mem::take(&mut self.slow_paths) {
+            self.slow_path(&slow);
+        }
+    }
+
+    fn unresolved(&mut self, branch: usize, index: usize) {
+        let link = self.links[index];
+        if link.unresolved == 0 {
+            self.links[index].unresolved = self.asm.code.len() as u32;
+            self.asm.bind(branch);
+            self.asm.mov_imm(T0, link.target);
+            self.asm.store_imm32(block::EXIT_AUX, self.first_link + index as u32);
+            let exit = if link.guard.is_some() { self.thunks.lookup_link } else { self.thunks.exit_link };
+            self.asm.jmp(exit);
+        } else {
+            let rel = link.unresolved.wrapping_sub(branch as u32 + 4);
+            self.asm.code[branch..branch + 4].copy_from_slice(&rel.to_le_bytes());
+        }
+    }
+
+    /// T0 holds the address less the tag, T1 the entry's address.
+    fn slow_path(&mut self, slow: &SlowPath) {
+        self.asm.bind(slow.branch);
+        self.marks.push(Mark { host: self.asm.code.len() as u32, guest: slow.guest, host_flags: false });
+        self.asm.mem(&[], true, &[0x03], T0, Mem::At(T1, slow.tag)); // add T0, [T1 + tag]
+        self.asm.mov_imm(T1, u64::from(slow.mem.size) | u64::from(slow.mem.write) << 8);
+        self.asm.call(self.thunks.slow_access);
+        let back = slow.back;
+        self.asm.jmp(back);
+    }
+}
+
+/// Flags that are live before a node.
+fn live_in(node: &Node) -> u32 {
+    let exit = if node.op.ends_region() { 0 } else { node.live_at_exit };
+    ((node.live_out & !node.kills) | node.reads | exit) & ARITH
+}

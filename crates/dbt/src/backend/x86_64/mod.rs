@@ -1,0 +1,80 @@
+//! Host code for x86-64.
+//!
+//! Register map: guest RAX to RDI (without RSP) and R8 to R12 live in the host registers of the same name, guest RSP in
+//! host R13; guest R13 to R15 live in the vCPU block, which GS addresses. Host R14 and R15 are scratch, host RSP is a
+//! host stack. The guest's vector registers, MXCSR and (when `x87_resident`) x87 registers are in the host's.
+//! Between regions the arithmetic flags lie in [`crate::cpu::Cpu::arith`].
+
+pub mod asm;
+pub mod emit;
+mod operands;
+pub mod thunks;
+
+use std::mem::offset_of;
+
+use self::asm::Mem;
+use crate::cpu::{Cpu, REQUESTS_OFFSET};
+
+/// Where a guest register lives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Home {
+    /// In this host register.
+    Host(u8),
+    /// In the vCPU block at this displacement.
+    Block(i32),
+}
+
+/// Home of a guest general register.
+pub fn home(guest: u8) -> Home {
+    match guest {
+        4 => Home::Host(asm::host::GUEST_RSP),
+        13..=15 => Home::Block(offset_of!(Cpu, gpr) as i32 + 8 * i32::from(guest)),
+        _ => Home::Host(guest),
+    }
+}
+
+/// Operands in the vCPU block.
+pub(crate) mod block {
+    use super::*;
+
+    pub fn gpr(index: usize) -> Mem {
+        Mem::Block(offset_of!(Cpu, gpr) as i32 + 8 * index as i32)
+    }
+    pub fn scratch(index: usize) -> Mem {
+        Mem::Block(offset_of!(Cpu, scratch) as i32 + 8 * index as i32)
+    }
+    pub fn segment_base(index: usize) -> Mem {
+        let at = offset_of!(Cpu, seg) + index * size_of::<ruse_arch::Segment>();
+        Mem::Block((at + offset_of!(ruse_arch::Segment, base)) as i32)
+    }
+    pub const REQUESTS: Mem = Mem::Block(REQUESTS_OFFSET);
+    pub const ARITH: Mem = Mem::Block(offset_of!(Cpu, arith) as i32);
+    pub const RFLAGS: Mem = Mem::Block(offset_of!(Cpu, rflags) as i32);
+    pub const TLB: Mem = Mem::Block(offset_of!(Cpu, tlb) as i32);
+    pub const JUMPS: Mem = Mem::Block(offset_of!(Cpu, jumps) as i32);
+    pub const USER_GENERATION: Mem = Mem::Block(offset_of!(Cpu, user_generation) as i32);
+    pub const KERNEL_GENERATION: Mem = Mem::Block(offset_of!(Cpu, kernel_generation) as i32);
+    pub const X87_RESIDENT: Mem = Mem::Block(offset_of!(Cpu, x87_resident) as i32);
+    pub const IRQ_WAITING: Mem = Mem::Block(offset_of!(Cpu, irq_waiting) as i32);
+    pub const EXIT_REASON: Mem = Mem::Block(offset_of!(Cpu, exit_reason) as i32);
+    pub const EXIT_VALUE: Mem = Mem::Block(offset_of!(Cpu, exit_value) as i32);
+    pub const EXIT_AUX: Mem = Mem::Block(offset_of!(Cpu, exit_aux) as i32);
+    pub const THIS: Mem = Mem::Block(offset_of!(Cpu, this) as i32);
+    pub const HOST_RSP: Mem = Mem::Block(offset_of!(Cpu, host_rsp) as i32);
+    pub const HOST_MXCSR: Mem = Mem::Block(offset_of!(Cpu, host_mxcsr) as i32);
+    pub const KERNEL_GS_BASE: Mem = Mem::Block(offset_of!(Cpu, kernel_gs_base) as i32);
+    pub const FPU: i32 = offset_of!(Cpu, fpu) as i32;
+}
+
+/// Why generated code was left; the values of [`Cpu::exit_reason`].
+pub mod exit {
+    /// Go on at the linear address in `exit_value`; requests or interrupts may wait.
+    pub const AT: u32 = 0;
+    /// As [`AT`], through the link whose number is in `exit_aux`, which can be made direct.
+    pub const LINK: u32 = 1;
+    /// Tier 0 executes the instruction at the linear address in `exit_value`.
+    pub const INTERPRET: u32 = 2;
+    /// The host instruction at (or right before) the address in `exit_value` could not be executed: tier 0 executes the
+    /// guest instruction that it belongs to.
+    pub const FAULT: u32 = 3;
+}

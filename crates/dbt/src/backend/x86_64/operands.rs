@@ -1,0 +1,223 @@
+//! Operands: guest addresses computed in host registers, TLB probes, guest instructions re-encoded.
+
+use iced_x86::{Instruction, InstructionInfoFactory, InstructionInfoOptions, OpAccess, OpKind, Register};
+use ruse_arch::state::seg;
+
+use super::{
+    Home,
+    asm::{
+        Asm, Mem, cc,
+        host::{T0, T1},
+    },
+    block,
+    emit::{Emitter, SlowPath},
+    home,
+};
+use crate::{
+    ir::MemUse,
+    mmu::tlb::{ENTRIES, Entry},
+    tier0::operand::gpr_index,
+};
+
+/// The instruction has no form that fits the host registers at hand.
+#[derive(Debug)]
+pub struct Unencodable;
+
+/// The host register `number` in the width of `like`.
+fn host_register(like: Register, number: u8) -> Register {
+    let first = match (like.size(), number) {
+        (1, 4..=7) => {
+            return Register::try_from(Register::SPL as usize + usize::from(number) - 4).expect("SPL to DIL");
+        }
+        (1, 8..) => {
+            return Register::try_from(Register::R8L as usize + usize::from(number) - 8)
+                .expect("R8L to R15L");
+        }
+        (1, _) => Register::AL,
+        (2, _) => Register::AX,
+        (4, _) => Register::EAX,
+        _ => Register::RAX,
+    };
+    Register::try_from(first as usize + usize::from(number)).expect("16 registers of each width")
+}
+
+impl Emitter<'_> {
+    /// Computes the linear address of the instruction's memory operand in T0. Uses T1. Destroys the flags only where
+    /// the segment has a base.
+    pub(super) fn address(&mut self, i: &Instruction) {
+        if i.is_ip_rel_memory_operand() {
+            self.asm.mov_imm(T0, i.memory_displacement64());
+        } else {
+            self.computed_address(i, T0, i.memory_base().is_gpr32() || i.memory_index().is_gpr32());
+        }
+        match i.memory_segment() {
+            Register::FS => self.asm.mem(&[], true, &[0x03], T0, block::segment_base(seg::FS)),
+            Register::GS => self.asm.mem(&[], true, &[0x03], T0, block::segment_base(seg::GS)),
+            _ => {}
+        }
+    }
+
+    /// `lea dst, [base + index * scale + displacement]`, with 32-bit wrap if `narrow`.
+    fn computed_address(&mut self, i: &Instruction, dst: u8, narrow: bool) {
+        let base = gpr_index(i.memory_base()).map(|g| self.loaded(g as u8, T0));
+        let index = gpr_index(i.memory_index()).map(|g| self.loaded(g as u8, T1));
+        let scale = i.memory_index_scale().trailing_zeros() as u8;
+        lea(&mut self.asm, dst, base, index.map(|r| (r, scale)), i.memory_displacement64() as i32, !narrow);
+    }
+
+    /// Host register with the guest register's value; `scratch` is loaded if it lives in the block.
+    pub(super) fn loaded(&mut self, guest: u8, scratch: u8) -> u8 {
+        match home(guest) {
+            Home::Host(r) => r,
+            Home::Block(at) => {
+                self.asm.load(scratch, Mem::Block(at));
+                scratch
+            }
+        }
+    }
+
+    /// LEA: the address without its segment goes to the destination.
+    pub(super) fn lea_node(&mut self, i: &Instruction) {
+        let narrow_result = i.op0_register().is_gpr32();
+        let guest = gpr_index(i.op0_register()).expect("LEA writes a general register") as u8;
+        let dst = match home(guest) {
+            Home::Host(r) => r,
+            Home::Block(_) => T0,
+        };
+        if i.is_ip_rel_memory_operand() {
+            let value = i.memory_displacement64();
+            self.asm.mov_imm(dst, if narrow_result { value & 0xffff_ffff } else { value });
+        } else {
+            let narrow_address = i.memory_base().is_gpr32() || i.memory_index().is_gpr32();
+            self.computed_address(i, dst, narrow_result || narrow_address);
+        }
+        if let Home::Block(at) = home(guest) {
+            self.asm.store(Mem::Block(at), T0);
+        }
+    }
+
+    /// Turns the linear address in T0 into the host address of `size` bytes there. Uses T1; destroys the flags.
+    pub(super) fn probe(&mut self, mem: MemUse) {
+        // The index: bits 12 and up of the address, times the size of an entry.
+        const SHIFT: u8 = 12 - size_of::<Entry>().trailing_zeros() as u8;
+        const MASK: u32 = ((ENTRIES - 1) * size_of::<Entry>()) as u32;
+        let asm = &mut self.asm;
+        asm.mov(T1, T0);
+        asm.bytes(&[0x49, 0xc1, 0xe8 | T1 & 7, SHIFT]); // shr T1, SHIFT
+        asm.bytes(&[0x41, 0x81, 0xe0 | T1 & 7]); // and T1d, MASK
+        asm.bytes(&MASK.to_le_bytes());
+        asm.mem(&[], true, &[0x03], T1, block::TLB); // add T1, [tlb]
+        let tag =
+            if mem.write { std::mem::offset_of!(Entry, write) } else { std::mem::offset_of!(Entry, read) };
+        asm.mem(&[], true, &[0x2b], T0, Mem::At(T1, tag as i32)); // sub T0, [T1 + tag]
+        asm.bytes(&[0x49, 0x81, 0xf8 | T0 & 7]); // cmp T0, 4096 - size
+        asm.bytes(&(4096 - u32::from(mem.size)).to_le_bytes());
+        let branch = asm.jcc(cc::A, 0);
+        asm.mem(&[], true, &[0x03], T0, Mem::At(T1, std::mem::offset_of!(Entry, host) as i32));
+        let back = self.asm.here();
+        self.slow_paths.push(SlowPath { branch, back, mem, tag: tag as i32, guest: self.guest_offset });
+    }
+
+    /// Re-encodes the instruction for the host. Its memory operand, if it has one, is at the address in T0.
+    pub(super) fn host_insn(&mut self, insn: &Instruction, mem: bool) -> Result<(), Unencodable> {
+        let mut i = *insn;
+        if mem {
+            i.set_memory_base(Register::R14);
+            i.set_memory_index(Register::None);
+            i.set_memory_index_scale(1);
+            i.set_memory_displacement64(0);
+            i.set_memory_displ_size(0);
+            i.set_segment_prefix(Register::None);
+        }
+        let mut free: &[u8] = if mem { &[T1] } else { &[T0, T1] };
+        let mut moved: Vec<(usize, u8, bool, bool)> = Vec::new();
+        for op in 0..i.op_count() {
+            if i.op_kind(op) != OpKind::Register {
+                continue;
+            }
+            let register = i.op_register(op);
+            let Some(guest) = gpr_index(register) else { continue };
+            let number = match home(guest as u8) {
+                Home::Host(r) => r,
+                Home::Block(_) => {
+                    let (reads, writes) = access_of(self.info, insn, op);
+                    match moved.iter_mut().find(|m| m.0 == guest) {
+                        Some(m) => {
+                            m.2 |= reads;
+                            m.3 |= writes;
+                            m.1
+                        }
+                        None => {
+                            let (&r, rest) = free.split_first().ok_or(Unencodable)?;
+                            free = rest;
+                            moved.push((guest, r, reads, writes));
+                            r
+                        }
+                    }
+                }
+            };
+            i.set_op_register(op, host_register(register, number));
+        }
+        for &(guest, r, reads, _) in &moved {
+            if reads {
+                self.asm.load(r, block::gpr(guest));
+            }
+        }
+        self.encode(&i)?;
+        for &(guest, r, _, writes) in &moved {
+            if writes {
+                self.asm.store(block::gpr(guest), r);
+            }
+        }
+        Ok(())
+    }
+
+    /// Appends an instruction as iced encodes it.
+    fn encode(&mut self, i: &Instruction) -> Result<(), Unencodable> {
+        let before = self.asm.code.len();
+        self.encoder.set_buffer(std::mem::take(&mut self.asm.code));
+        let result = self.encoder.encode(i, 0);
+        self.asm.code = self.encoder.take_buffer();
+        if result.is_err() {
+            self.asm.code.truncate(before);
+            return Err(Unencodable);
+        }
+        Ok(())
+    }
+}
+
+/// Whether an operand's register is read and written. A narrow write keeps the rest, so it counts as a read too.
+fn access_of(info: &mut InstructionInfoFactory, i: &Instruction, op: u32) -> (bool, bool) {
+    let access = info.info_options(i, InstructionInfoOptions::NO_MEMORY_USAGE).op_access(op);
+    match access {
+        OpAccess::Read | OpAccess::CondRead => (true, false),
+        OpAccess::Write if i.op_register(op).size() >= 4 => (false, true),
+        OpAccess::None | OpAccess::NoMemAccess => (true, false),
+        _ => (true, true),
+    }
+}
+
+/// `lea dst, [base + index << scale + disp]`.
+fn lea(asm: &mut Asm, dst: u8, base: Option<u8>, index: Option<(u8, u8)>, disp: i32, wide: bool) {
+    let (x, b) = (index.map_or(0, |(r, _)| r >> 3), base.map_or(0, |r| r >> 3));
+    let rex = 0x40 | u8::from(wide) << 3 | (dst >> 3) << 2 | x << 1 | b;
+    if rex != 0x40 {
+        asm.bytes(&[rex]);
+    }
+    let reg = (dst & 7) << 3;
+    let short = i8::try_from(disp).ok();
+    // No base means a 32-bit displacement; RBP and R13 as base always have one.
+    let (form, base_bits) = match base {
+        None => (0x00, 5),
+        Some(r) if disp == 0 && r & 7 != 5 => (0x00, r & 7),
+        Some(r) if short.is_some() => (0x40, r & 7),
+        Some(r) => (0x80, r & 7),
+    };
+    let sib_index = index.map_or(4 << 3, |(r, scale)| scale << 6 | (r & 7) << 3);
+    asm.bytes(&[0x8d, form | reg | 4, sib_index | base_bits]);
+    match (form, base, short) {
+        (0x40, _, Some(d)) => asm.bytes(&[d as u8]),
+        (0x80, ..) | (_, None, _) => asm.bytes(&disp.to_le_bytes()),
+        _ => {}
+    }
+}

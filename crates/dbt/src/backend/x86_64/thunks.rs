@@ -1,0 +1,233 @@
+//! Code that all regions share: the way in and out of generated code, the call for an access that the TLB cannot serve.
+
+use super::{
+    asm::{
+        Asm, Mem, cc,
+        host::{GUEST_RSP, RSP, T0, T1},
+    },
+    block, exit,
+};
+use crate::mmu::tlb::{JUMPS, Jump};
+
+/// Addresses of the shared code.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Thunks {
+    /// `extern "C" fn(code)`: runs generated code until it leaves. GS holds the vCPU block.
+    pub enter: u64,
+    /// Leaves with [`exit::AT`]; T0 holds the linear address.
+    pub exit_at: u64,
+    /// Leaves with [`exit::LINK`]; T0 holds the linear address, `exit_aux` the link.
+    pub exit_link: u64,
+    /// Goes to the linear address in T0 if the jump cache knows it, else as `exit_link`.
+    pub lookup_link: u64,
+    /// Leaves with [`exit::INTERPRET`]; T0 holds the linear address.
+    pub exit_interpret: u64,
+    /// Leaves with [`exit::FAULT`]; T0 holds the host address that faulted. Entered by the signal handler.
+    pub exit_fault: u64,
+    /// Called with a linear address in T0 and size and kind in T1: returns the host address in T0, or leaves with
+    /// [`exit::FAULT`].
+    pub slow_access: u64,
+    /// Called: loads the x87 registers into the host's unit. Destroys the flags.
+    pub load_x87: u64,
+}
+
+/// Signature of the function behind [`Thunks::slow_access`]: vCPU block, linear address, size and kind, return address
+/// in the generated code. Returns the host address or 0.
+pub type SlowAccess = unsafe extern "C" fn(u64, u64, u64, u64) -> u64;
+
+/// Host registers that hold guest registers, with the guest register's index.
+const PINNED: [(u8, usize); 13] = [
+    (0, 0),
+    (1, 1),
+    (2, 2),
+    (3, 3),
+    (GUEST_RSP, 4),
+    (5, 5),
+    (6, 6),
+    (7, 7),
+    (8, 8),
+    (9, 9),
+    (10, 10),
+    (11, 11),
+    (12, 12),
+];
+
+/// Registers that a function keeps for its caller (System V ABI), in push order.
+const CALLEE_SAVED: [u8; 6] = [3, 5, 12, 13, 14, 15];
+
+impl Thunks {
+    /// Makes the shared code for the address `base`; returns the bytes. `avx`: the host has AVX.
+    pub fn build(base: u64, slow: SlowAccess, avx: bool) -> (Self, Vec<u8>) {
+        let mut asm = Asm::new(base);
+        let mut thunks = Self { enter: asm.here(), ..Self::default() };
+        enter(&mut asm, avx);
+        let leave = asm.here();
+        leave_code(&mut asm, avx);
+        thunks.exit_at = asm.here();
+        exit_with(&mut asm, exit::AT, leave);
+        thunks.exit_link = asm.here();
+        exit_with(&mut asm, exit::LINK, leave);
+        thunks.exit_interpret = asm.here();
+        exit_with(&mut asm, exit::INTERPRET, leave);
+        thunks.exit_fault = asm.here();
+        // The flags may be alive in the host's.
+        asm.bytes(&[0x9c]);
+        asm.mem(&[], false, &[0x8f], 0, block::scratch(1));
+        exit_with(&mut asm, exit::FAULT, leave);
+        thunks.lookup_link = asm.here();
+        lookup(&mut asm, thunks.exit_link);
+        thunks.slow_access = asm.here();
+        slow_access(&mut asm, slow, avx);
+        thunks.load_x87 = asm.here();
+        load_x87(&mut asm);
+        (thunks, asm.code)
+    }
+}
+
+fn push(asm: &mut Asm, reg: u8) {
+    if reg >= 8 {
+        asm.bytes(&[0x41]);
+    }
+    asm.bytes(&[0x50 | reg & 7]);
+}
+
+fn pop(asm: &mut Asm, reg: u8) {
+    if reg >= 8 {
+        asm.bytes(&[0x41]);
+    }
+    asm.bytes(&[0x58 | reg & 7]);
+}
+
+/// `add rsp, n`.
+fn add_rsp(asm: &mut Asm, n: i8) {
+    asm.bytes(&[0x48, 0x83, 0xc4, n as u8]);
+}
+
+fn enter(asm: &mut Asm, avx: bool) {
+    for reg in CALLEE_SAVED {
+        push(asm, reg);
+    }
+    // Six registers and the return address: one word more aligns the stack for calls.
+    add_rsp(asm, -8);
+    asm.store(block::HOST_RSP, RSP);
+    asm.mem(&[], false, &[0x0f, 0xae], 3, block::HOST_MXCSR); // stmxcsr
+    asm.store(block::scratch(7), 7);
+    load_vectors(asm, avx);
+    asm.mem(&[], false, &[0x0f, 0xae], 2, Mem::Block(block::FPU + 24)); // ldmxcsr
+    for (host, guest) in PINNED {
+        asm.load(host, block::gpr(guest));
+    }
+    let Mem::Block(target) = block::scratch(7) else { unreachable!("scratch is in the block") };
+    asm.bytes(&[0x65, 0xff, 0x24, 0x25]); // jmp gs:[scratch 7]
+    asm.bytes(&target.to_le_bytes());
+}
+
+/// Stores the guest's state and returns to the caller of [`Thunks::enter`].
+fn leave_code(asm: &mut Asm, avx: bool) {
+    for (host, guest) in PINNED {
+        asm.store(block::gpr(guest), host);
+    }
+    store_vectors(asm, avx);
+    return_to_caller(asm);
+}
+
+fn return_to_caller(asm: &mut Asm) {
+    asm.mem(&[], false, &[0x0f, 0xae], 3, Mem::Block(block::FPU + 24)); // stmxcsr
+    asm.mem(&[], false, &[0x0f, 0xae], 2, block::HOST_MXCSR); // ldmxcsr
+    asm.load(RSP, block::HOST_RSP);
+    add_rsp(asm, 8);
+    for reg in CALLEE_SAVED.into_iter().rev() {
+        pop(asm, reg);
+    }
+    asm.bytes(&[0xc3]);
+}
+
+fn exit_with(asm: &mut Asm, reason: u32, leave: u64) {
+    asm.store(block::EXIT_VALUE, T0);
+    asm.store_imm32(block::EXIT_REASON, reason);
+    asm.jmp(leave);
+}
+
+fn lookup(asm: &mut Asm, miss: u64) {
+    asm.regs(false, &[0x8b], T1, T0);
+    asm.bytes(&[0x41, 0x81, 0xe0 | T1 & 7]);
+    asm.bytes(&((JUMPS - 1) as u32).to_le_bytes());
+    asm.bytes(&[0x41, 0xc1, 0xe0 | T1 & 7, size_of::<Jump>().trailing_zeros() as u8]);
+    asm.mem(&[], true, &[0x03], T1, block::JUMPS);
+    asm.mem(&[], true, &[0x3b], T0, Mem::At(T1, 0));
+    asm.jcc(cc::NE, miss);
+    asm.jmp_mem(T1, std::mem::offset_of!(Jump, host) as i32);
+}
+
+fn slow_access(asm: &mut Asm, slow: SlowAccess, avx: bool) {
+    for (host, guest) in PINNED {
+        asm.store(block::gpr(guest), host);
+    }
+    store_vectors(asm, avx);
+    asm.load(7, block::THIS);
+    asm.mov(6, T0);
+    asm.mov(2, T1);
+    asm.load(1, Mem::At(RSP, 0));
+    add_rsp(asm, -8);
+    asm.mov_imm(0, slow as usize as u64);
+    asm.bytes(&[0xff, 0xd0]); // call rax
+    add_rsp(asm, 8);
+    asm.bytes(&[0x48, 0x85, 0xc0]); // test rax, rax
+    let failed = asm.jcc(cc::E, 0);
+    asm.mov(T0, 0);
+    load_vectors(asm, avx);
+    for (host, guest) in PINNED {
+        asm.load(host, block::gpr(guest));
+    }
+    asm.bytes(&[0xc3]);
+    asm.bind(failed);
+    asm.store_imm32(block::EXIT_REASON, exit::FAULT);
+    return_to_caller(asm);
+}
+
+/// XRSTOR of component 0 only; it wants its mask in EDX:EAX.
+fn load_x87(asm: &mut Asm) {
+    asm.store(block::scratch(2), 0);
+    asm.store(block::scratch(3), 2);
+    asm.mov_imm(0, 1);
+    asm.mov_imm(2, 0);
+    asm.mem(&[], true, &[0x0f, 0xae], 5, Mem::Block(block::FPU)); // xrstor64
+    asm.load(0, block::scratch(2));
+    asm.load(2, block::scratch(3));
+    asm.store_imm32(block::X87_RESIDENT, 1);
+    asm.bytes(&[0xc3]);
+}
+
+/// Offset of XMM0 in the FXSAVE image.
+const XMM: i32 = 160;
+/// Offset of the upper halves behind the XSAVE header.
+const YMM_HIGH: i32 = 576;
+
+fn load_vectors(asm: &mut Asm, avx: bool) {
+    for r in 0..16u8 {
+        asm.mem(&[], false, &[0x0f, 0x10], r, Mem::Block(block::FPU + XMM + 16 * i32::from(r))); // movups
+        if avx {
+            // vinsertf128 ymm, ymm, gs:[...], 1
+            insert_or_extract(asm, 0x18, r, !r & 15);
+        }
+    }
+}
+
+fn store_vectors(asm: &mut Asm, avx: bool) {
+    for r in 0..16u8 {
+        asm.mem(&[], false, &[0x0f, 0x11], r, Mem::Block(block::FPU + XMM + 16 * i32::from(r)));
+        if avx {
+            // vextractf128 gs:[...], ymm, 1
+            insert_or_extract(asm, 0x19, r, 15);
+        }
+    }
+}
+
+/// VEX.256.66.0F3A.W0 `opcode` /r ib with a block operand; `vvvv` already inverted.
+fn insert_or_extract(asm: &mut Asm, opcode: u8, r: u8, vvvv: u8) {
+    let at = block::FPU + YMM_HIGH + 16 * i32::from(r);
+    let inverted_r = if r >= 8 { 0 } else { 0x80 };
+    asm.bytes(&[0x65, 0xc4, inverted_r | 0x60 | 3, vvvv << 3 | 0x05, opcode, (r & 7) << 3 | 4, 0x25]);
+    asm.bytes(&at.to_le_bytes());
+    asm.bytes(&[1]);
+}

@@ -1,0 +1,454 @@
+//! Lifts 64-bit x86 code.
+
+use iced_x86::{
+    Code, Decoder, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory, InstructionInfoOptions,
+    Mnemonic, OpAccess, OpKind, Register, RflagsBits,
+};
+
+use crate::{
+    ir::{MemUse, Node, Op, Region, Value},
+    tier0::operand::gpr_index,
+};
+
+/// The six arithmetic flags in iced's notation.
+pub const ARITH: u32 =
+    RflagsBits::OF | RflagsBits::SF | RflagsBits::ZF | RflagsBits::AF | RflagsBits::CF | RflagsBits::PF;
+
+/// Most instructions of a region.
+const MAX_NODES: usize = 64;
+/// How many instructions are looked at to see whether flags are read at the target of an exit.
+const LOOKAHEAD: usize = 6;
+
+/// What translated code may rely on; blocks made for one value are not used under another.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct CodeMode {
+    /// CPL 0.
+    pub kernel: bool,
+    /// x87 and MMX instructions do not fault.
+    pub x87: bool,
+    /// SSE instructions do not fault.
+    pub sse: bool,
+    /// AVX instructions do not fault.
+    pub avx: bool,
+}
+
+impl CodeMode {
+    /// As a number, for keys.
+    pub fn bits(self) -> u32 {
+        u32::from(self.kernel)
+            | u32::from(self.x87) << 1
+            | u32::from(self.sse) << 2
+            | u32::from(self.avx) << 3
+    }
+}
+
+/// Decodes and lifts from one page of code.
+pub struct Lifter {
+    info: InstructionInfoFactory,
+    /// Whether the guest has the features of an instruction.
+    allowed: Box<dyn Fn(&Instruction) -> bool + Send>,
+}
+
+impl Lifter {
+    /// A lifter that leaves instructions for which `allowed` says no to tier 0.
+    pub fn new(allowed: Box<dyn Fn(&Instruction) -> bool + Send>) -> Self {
+        Self { info: InstructionInfoFactory::new(), allowed }
+    }
+
+    /// Lifts the region that begins at linear address `start`. `page` is the code page's content from `start` to its
+    /// end. `None` if not even one instruction lies wholly on the page.
+    pub fn lift(&mut self, start: u64, page: &[u8], mode: CodeMode) -> Option<Region> {
+        let mut decoder = Decoder::with_ip(64, page, start, DecoderOptions::NONE);
+        let mut nodes: Vec<Node> = Vec::with_capacity(16);
+        let mut end = start;
+        let mut after_sti = false;
+        while nodes.len() < MAX_NODES && decoder.can_decode() {
+            let insn = decoder.decode();
+            if insn.is_invalid() && decoder.last_error() == iced_x86::DecoderError::NoMoreBytes {
+                break;
+            }
+            let mut node = self.node(insn, mode);
+            node.live_at_exit = exit_liveness(&node, start, page);
+            end = insn.next_ip();
+            let op = node.op;
+            nodes.push(node);
+            if op.ends_region() || after_sti {
+                break;
+            }
+            after_sti = op == Op::EnableInterrupts;
+        }
+        if nodes.is_empty() {
+            return None;
+        }
+        leave_sti_to_tier0(&mut nodes);
+        let live_at_end = flags_read_at(end, start, page);
+        let mut region = Region { start, end, nodes, live_at_end, after_sti };
+        region.compute_liveness();
+        Some(region)
+    }
+
+    fn node(&mut self, insn: Instruction, mode: CodeMode) -> Node {
+        let op = self.op(&insn, mode);
+        let x87 = is_x87(&insn) && matches!(op, Op::Host(_));
+        let (reads, kills, writes) = match op {
+            Op::Interpret | Op::PushFlags => (ARITH, 0, false),
+            Op::Nop => (0, 0, false),
+            _ => {
+                let modified = insn.rflags_modified() & ARITH;
+                (insn.rflags_read() & ARITH, if may_keep_flags(&insn) { 0 } else { modified }, modified != 0)
+            }
+        };
+        Node { op, insn, reads, kills, writes, live_out: 0, live_at_exit: 0, x87 }
+    }
+
+    fn op(&mut self, i: &Instruction, mode: CodeMode) -> Op {
+        if i.is_invalid() {
+            return Op::Interpret;
+        }
+        match i.flow_control() {
+            FlowControl::Next => {}
+            FlowControl::ConditionalBranch if i.is_jcc_short_or_near() && near(i, 0) => {
+                return Op::Branch { condition: i.condition_code(), target: i.near_branch_target() };
+            }
+            FlowControl::UnconditionalBranch if near(i, 0) => {
+                return Op::Jump { target: i.near_branch_target() };
+            }
+            FlowControl::Call if near(i, 0) && i.code() == Code::Call_rel32_64 => {
+                return Op::Call { target: i.near_branch_target() };
+            }
+            FlowControl::IndirectBranch if i.code() == Code::Jmp_rm64 => {
+                return value(i).map_or(Op::Interpret, Op::JumpTo);
+            }
+            FlowControl::IndirectCall if i.code() == Code::Call_rm64 => {
+                return value(i).map_or(Op::Interpret, Op::CallTo);
+            }
+            FlowControl::Return if matches!(i.code(), Code::Retnq) => return Op::Return(0),
+            FlowControl::Return if matches!(i.code(), Code::Retnq_imm16) => {
+                return Op::Return(i.immediate16());
+            }
+            _ => return Op::Interpret,
+        }
+        if let Some(op) = special(i, mode) {
+            return op;
+        }
+        if must_interpret(i) || !unit_available(i, mode) || !(self.allowed)(i) {
+            return Op::Interpret;
+        }
+        let Some(memory) = (0..i.op_count()).find(|&op| i.op_kind(op) == OpKind::Memory) else {
+            return Op::Host(None);
+        };
+        let info = self.info.info_options(i, InstructionInfoOptions::NO_MEMORY_USAGE);
+        let write = match info.op_access(memory) {
+            OpAccess::Read | OpAccess::CondRead => false,
+            OpAccess::Write | OpAccess::ReadWrite | OpAccess::ReadCondWrite | OpAccess::CondWrite => true,
+            _ => return Op::Nop,
+        };
+        let size = i.memory_size().size();
+        if size == 0 || size > 32 {
+            return Op::Interpret;
+        }
+        Op::Host(Some(MemUse { write, size: size as u8 }))
+    }
+}
+
+/// STI blocks interrupts for one more instruction. Where that one leaves the region, tier 0 looks after both.
+fn leave_sti_to_tier0(nodes: &mut Vec<Node>) {
+    let Some(at) = nodes.iter().position(|n| n.op == Op::EnableInterrupts) else { return };
+    let simple =
+        |n: &Node| matches!(n.op, Op::Nop | Op::Host(_) | Op::Address | Op::Push(_) | Op::Pop(_) | Op::Leave);
+    if !nodes.get(at + 1).is_some_and(simple) {
+        nodes.truncate(at + 1);
+        let sti = &mut nodes[at];
+        (sti.op, sti.reads, sti.live_at_exit) = (Op::Interpret, ARITH, ARITH);
+    }
+}
+
+fn near(i: &Instruction, op: u32) -> bool {
+    i.op_kind(op) == OpKind::NearBranch64
+}
+
+fn value(i: &Instruction) -> Option<Value> {
+    match i.op0_kind() {
+        OpKind::Register => gpr_index(i.op0_register()).map(|r| Value::Reg(r as u8)),
+        OpKind::Memory => Some(Value::Mem),
+        _ => None,
+    }
+}
+
+/// Instructions with operations of their own.
+fn special(i: &Instruction, mode: CodeMode) -> Option<Op> {
+    Some(match i.code() {
+        Code::Push_r64 => Op::Push(value(i)?),
+        Code::Push_rm64 => Op::Push(value(i)?),
+        Code::Pushq_imm8 | Code::Pushq_imm32 => Op::Push(Value::Imm(i.immediate(0))),
+        Code::Pop_r64 => Op::Pop(gpr_index(i.op0_register())? as u8),
+        Code::Pop_rm64 if i.op0_kind() == OpKind::Register => Op::Pop(gpr_index(i.op0_register())? as u8),
+        Code::Leaveq => Op::Leave,
+        Code::Pushfq => Op::PushFlags,
+        Code::Cli if mode.kernel => Op::DisableInterrupts,
+        Code::Sti if mode.kernel => Op::EnableInterrupts,
+        Code::Swapgs if mode.kernel => Op::SwapGs,
+        Code::Lea_r64_m | Code::Lea_r32_m => Op::Address,
+        Code::Lea_r16_m => Op::Interpret,
+        Code::Endbr64 | Code::Nopd | Code::Nopw | Code::Nopq => Op::Nop,
+        Code::Nop_rm16 | Code::Nop_rm32 | Code::Nop_rm64 => Op::Nop,
+        _ => return None,
+    })
+}
+
+/// Instructions that must not run on the host as they are, or that the backend has no way to rewrite.
+fn must_interpret(i: &Instruction) -> bool {
+    use Mnemonic as M;
+    if i.is_privileged()
+        || i.is_stack_instruction()
+        || i.is_string_instruction()
+        || i.is_save_restore_instruction()
+    {
+        return true;
+    }
+    let odd_operand = (0..i.op_count()).any(|op| match i.op_kind(op) {
+        OpKind::Register => {
+            let r = i.op_register(op);
+            r.is_segment_register()
+                || r.is_cr()
+                || r.is_dr()
+                || r.is_tr()
+                || r.is_k()
+                || r.is_zmm()
+                || r.is_bnd()
+                || r.is_tmm()
+        }
+        OpKind::Memory
+        | OpKind::Immediate8
+        | OpKind::Immediate8_2nd
+        | OpKind::Immediate16
+        | OpKind::Immediate32
+        | OpKind::Immediate64
+        | OpKind::Immediate8to16
+        | OpKind::Immediate8to32
+        | OpKind::Immediate8to64
+        | OpKind::Immediate32to64 => false,
+        _ => true,
+    });
+    if odd_operand || i.is_vsib() || i.has_xacquire_prefix() || i.has_xrelease_prefix() {
+        return true;
+    }
+    let bit_string = matches!(i.mnemonic(), M::Bt | M::Bts | M::Btr | M::Btc)
+        && i.op0_kind() == OpKind::Memory
+        && i.op1_kind() == OpKind::Register;
+    let moffs = matches!(
+        i.code(),
+        Code::Mov_AL_moffs8
+            | Code::Mov_AX_moffs16
+            | Code::Mov_EAX_moffs32
+            | Code::Mov_RAX_moffs64
+            | Code::Mov_moffs8_AL
+            | Code::Mov_moffs16_AX
+            | Code::Mov_moffs32_EAX
+            | Code::Mov_moffs64_RAX
+    );
+    bit_string
+        || moffs
+        || matches!(
+            i.mnemonic(),
+            M::Cpuid
+                | M::Rdtsc
+                | M::Rdtscp
+                | M::Rdpmc
+                | M::Rdpid
+                | M::Rdrand
+                | M::Rdseed
+                | M::Xgetbv
+                | M::Rdfsbase
+                | M::Rdgsbase
+                | M::Wrfsbase
+                | M::Wrgsbase
+                | M::Sgdt
+                | M::Sidt
+                | M::Sldt
+                | M::Str
+                | M::Smsw
+                | M::Lar
+                | M::Lsl
+                | M::Verr
+                | M::Verw
+                | M::Stac
+                | M::Clac
+                | M::Xlatb
+                | M::Maskmovdqu
+                | M::Maskmovq
+                | M::Vmaskmovdqu
+                | M::Vmaskmovps
+                | M::Vmaskmovpd
+                | M::Vpmaskmovd
+                | M::Vpmaskmovq
+                | M::Wait
+                | M::Fnstenv
+                | M::Fstenv
+                | M::Fldenv
+                | M::Fnsave
+                | M::Fsave
+                | M::Frstor
+                | M::Fninit
+                | M::Finit
+                | M::Lds
+                | M::Les
+                | M::Lfs
+                | M::Lgs
+                | M::Lss
+                | M::Std
+                | M::Cld
+                | M::Umonitor
+                | M::Umwait
+                | M::Tpause
+                | M::Serialize
+                | M::Monitor
+                | M::Mwait
+                | M::Vmcall
+                | M::Vmmcall
+                | M::Int1
+                | M::Clzero
+                | M::Rdpru
+                | M::Enqcmd
+                | M::Ptwrite
+                | M::Xabort
+                | M::Xbegin
+                | M::Xend
+                | M::Xtest
+        )
+}
+
+/// Whether the instruction may run in this mode without #NM or #UD.
+fn unit_available(i: &Instruction, mode: CodeMode) -> bool {
+    use iced_x86::{CpuidFeature as F, EncodingKind};
+    match i.encoding() {
+        EncodingKind::Legacy => {}
+        EncodingKind::VEX => {
+            let integer = i.cpuid_features().iter().all(|f| matches!(f, F::BMI1 | F::BMI2));
+            return integer || mode.avx;
+        }
+        _ => return false,
+    }
+    if is_x87(i) {
+        return mode.x87;
+    }
+    let vector = (0..i.op_count()).any(|op| i.op_kind(op) == OpKind::Register && i.op_register(op).is_xmm())
+        || matches!(i.mnemonic(), Mnemonic::Ldmxcsr | Mnemonic::Stmxcsr);
+    !vector || mode.sse
+}
+
+/// Whether the instruction uses x87 or MMX state.
+fn is_x87(i: &Instruction) -> bool {
+    use iced_x86::CpuidFeature as F;
+    i.cpuid_features().iter().any(|f| matches!(f, F::FPU | F::FPU287 | F::FPU387 | F::MMX))
+        || (0..i.op_count()).any(|op| {
+            i.op_kind(op) == OpKind::Register && (i.op_register(op).is_mm() || i.op_register(op).is_st())
+        })
+}
+
+/// Whether the instruction leaves the flags alone in some cases (a shift by zero).
+fn may_keep_flags(i: &Instruction) -> bool {
+    use Mnemonic as M;
+    let shift = matches!(
+        i.mnemonic(),
+        M::Shl | M::Shr | M::Sar | M::Sal | M::Rol | M::Ror | M::Rcl | M::Rcr | M::Shld | M::Shrd
+    );
+    if !shift {
+        return false;
+    }
+    let count = i.op_count() - 1;
+    match i.op_kind(count) {
+        OpKind::Immediate8 => {
+            i.immediate8() & if i.op0_register().is_gpr64() { 63 } else { 31 } == 0
+                || i.op_kind(0) == OpKind::Memory
+        }
+        OpKind::Register => i.op_register(count) == Register::CL,
+        _ => false,
+    }
+}
+
+/// Flags that may be read at the target of a node's exit.
+fn exit_liveness(node: &Node, start: u64, page: &[u8]) -> u32 {
+    match node.op {
+        Op::Branch { target, .. } | Op::Jump { target } | Op::Call { target } => {
+            flags_read_at(target, start, page)
+        }
+        Op::JumpTo(_) | Op::CallTo(_) | Op::Return(_) | Op::Interpret => ARITH,
+        _ => 0,
+    }
+}
+
+/// Flags that code at linear address `at` may read before it writes them; all of them where that cannot be seen.
+fn flags_read_at(at: u64, start: u64, page: &[u8]) -> u32 {
+    let offset = at.wrapping_sub(start);
+    let Some(bytes) = usize::try_from(offset).ok().and_then(|o| page.get(o..)) else { return ARITH };
+    let mut decoder = Decoder::with_ip(64, bytes, at, DecoderOptions::NONE);
+    let (mut read, mut open) = (0, ARITH);
+    for _ in 0..LOOKAHEAD {
+        let i = decoder.decode();
+        if i.is_invalid()
+            || i.flow_control() != FlowControl::Next
+            || i.is_privileged()
+            || i.is_stack_instruction()
+        {
+            if matches!(i.code(), Code::Push_r64 | Code::Pop_r64) {
+                continue;
+            }
+            return read | open;
+        }
+        read |= i.rflags_read() & open;
+        if !may_keep_flags(&i) && !i.is_string_instruction() {
+            open &= !i.rflags_modified();
+        }
+        if open & !read == 0 {
+            break;
+        }
+    }
+    read | open
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const KERNEL: CodeMode = CodeMode { kernel: true, x87: true, sse: true, avx: true };
+
+    fn lift(code: &[u8]) -> Region {
+        Lifter::new(Box::new(|_| true)).lift(0x1000, code, KERNEL).unwrap()
+    }
+
+    #[test]
+    fn flags_that_are_overwritten_are_dead() {
+        // cmp eax, ebx; mov ecx, [rdx]; add eax, ebx; ret
+        let region = lift(&[0x39, 0xd8, 0x8b, 0x0a, 0x01, 0xd8, 0xc3]);
+        assert_eq!(region.nodes[0].live_out, 0);
+        assert_eq!(region.nodes[2].live_out, ARITH);
+    }
+
+    #[test]
+    fn a_shift_by_cl_keeps_older_flags_alive() {
+        // cmp eax, ebx; shl eax, cl; ret
+        let region = lift(&[0x39, 0xd8, 0xd3, 0xe0, 0xc3]);
+        assert_eq!(region.nodes[0].live_out, ARITH);
+    }
+
+    #[test]
+    fn dangerous_instructions_are_left_to_tier_0() {
+        let codes: [&[u8]; 6] = [
+            &[0x0f, 0xa2],                   // cpuid
+            &[0xf3, 0x48, 0x0f, 0xae, 0xd8], // wrgsbase rax
+            &[0x0f, 0x05],                   // syscall
+            &[0xf3, 0xa4],                   // rep movsb
+            &[0x8e, 0xe8],                   // mov gs, eax
+            &[0x0f, 0x22, 0xd8],             // mov cr3, rax
+        ];
+        for code in codes {
+            assert_eq!(lift(code).nodes[0].op, Op::Interpret, "{code:x?}");
+        }
+    }
+
+    #[test]
+    fn an_instruction_that_leaves_the_page_is_not_lifted() {
+        assert!(Lifter::new(Box::new(|_| true)).lift(0x1ffe, &[0x48, 0x8b], KERNEL).is_none());
+    }
+}

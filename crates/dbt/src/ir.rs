@@ -1,0 +1,163 @@
+//! The intermediate representation of a region: a straight run of guest instructions with side exits.
+//!
+//! Guest and host are both x86-64 here, so most operations are the *identity lane* ([`Op::Host`]): the guest
+//! instruction itself, which the backend re-encodes with its registers and its memory operand replaced. What touches
+//! the stack, leaves the region or changes the CPU's mode has operations of its own.
+
+use iced_x86::{ConditionCode, Instruction};
+
+/// How an instruction uses its memory operand.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MemUse {
+    /// Writes (perhaps after reading).
+    pub write: bool,
+    /// Bytes.
+    pub size: u8,
+}
+
+/// A value that an operation takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Value {
+    /// General register by index, all 64 bits.
+    Reg(u8),
+    /// A constant.
+    Imm(u64),
+    /// The memory operand of the instruction.
+    Mem,
+}
+
+/// An operation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Op {
+    /// Nothing.
+    Nop,
+    /// The identity lane.
+    Host(Option<MemUse>),
+    /// An address computation (LEA).
+    Address,
+    /// Pushes 8 bytes.
+    Push(Value),
+    /// Pops 8 bytes into a register.
+    Pop(u8),
+    /// Pushes the flags.
+    PushFlags,
+    /// MOV RSP, RBP; POP RBP.
+    Leave,
+    /// Exchanges GS's base with IA32_KERNEL_GS_BASE.
+    SwapGs,
+    /// Clears IF.
+    DisableInterrupts,
+    /// Sets IF; interrupts stay blocked for one more instruction.
+    EnableInterrupts,
+    /// Leaves to `target` if the condition holds.
+    Branch {
+        /// Condition on the flags.
+        condition: ConditionCode,
+        /// Linear address.
+        target: u64,
+    },
+    /// Leaves to `target`.
+    Jump {
+        /// Linear address.
+        target: u64,
+    },
+    /// Pushes the return address and leaves to `target`.
+    Call {
+        /// Linear address.
+        target: u64,
+    },
+    /// Leaves to the address that the value holds.
+    JumpTo(Value),
+    /// Pushes the return address and leaves to the address that the value holds.
+    CallTo(Value),
+    /// Pops the return address, drops that many bytes more, and leaves.
+    Return(u16),
+    /// Leaves to tier 0, which executes this instruction.
+    Interpret,
+}
+
+impl Op {
+    /// Whether nothing of the region runs after it.
+    pub fn ends_region(&self) -> bool {
+        matches!(
+            self,
+            Op::Jump { .. } | Op::Call { .. } | Op::JumpTo(_) | Op::CallTo(_) | Op::Return(_) | Op::Interpret
+        )
+    }
+
+    /// Whether the code made for it destroys the host's flags before the operation itself looks at them.
+    pub fn probes(&self) -> bool {
+        match self {
+            Op::Host(mem) => mem.is_some(),
+            Op::Push(_)
+            | Op::Pop(_)
+            | Op::PushFlags
+            | Op::Leave
+            | Op::DisableInterrupts
+            | Op::EnableInterrupts
+            | Op::Call { .. }
+            | Op::JumpTo(_)
+            | Op::CallTo(_)
+            | Op::Return(_) => true,
+            _ => false,
+        }
+    }
+}
+
+/// An operation with what the passes need to know of it.
+#[derive(Clone, Copy, Debug)]
+pub struct Node {
+    /// What to do.
+    pub op: Op,
+    /// The guest instruction.
+    pub insn: Instruction,
+    /// Flags that it reads (iced's `RflagsBits`; only the six arithmetic ones).
+    pub reads: u32,
+    /// Flags that it gives new values in every case.
+    pub kills: u32,
+    /// Whether it changes any arithmetic flag.
+    pub writes: bool,
+    /// Flags that somebody may read after it.
+    pub live_out: u32,
+    /// Flags that somebody may read at the target of its exit.
+    pub live_at_exit: u32,
+    /// The x87 or MMX registers must be in the host's unit.
+    pub x87: bool,
+}
+
+/// A region: what is translated as one piece.
+#[derive(Clone, Debug)]
+pub struct Region {
+    /// Linear address of the first instruction.
+    pub start: u64,
+    /// Linear address behind the last one.
+    pub end: u64,
+    /// The operations in order.
+    pub nodes: Vec<Node>,
+    /// Flags that are read at the fall-through after the last operation.
+    pub live_at_end: u32,
+    /// Interrupts may be taken after the region's first operation (the one before was STI at its end).
+    pub after_sti: bool,
+}
+
+impl Region {
+    /// Computes which flags are live after each operation, from the end backwards.
+    pub fn compute_liveness(&mut self) {
+        let mut live = self.live_at_end;
+        for node in self.nodes.iter_mut().rev() {
+            if node.op.ends_region() {
+                live = node.live_at_exit;
+            }
+            node.live_out = live;
+            live = (live & !node.kills) | node.reads;
+            if !node.op.ends_region() {
+                live |= node.live_at_exit;
+            }
+        }
+    }
+
+    /// Flags that are read at the region's entry.
+    pub fn live_at_start(&self) -> u32 {
+        self.nodes.first().map_or(self.live_at_end, |n| (n.live_out & !n.kills) | n.reads | n.live_at_exit)
+    }
+}

@@ -1,0 +1,150 @@
+//! The contract of an engine, implemented by translation.
+
+use std::sync::{
+    Arc, Condvar, Mutex, PoisonError,
+    atomic::{AtomicBool, Ordering},
+};
+
+use ruse_engine::{
+    Capabilities, Clock, CpuidTable, Engine, EngineError, Vcpu, VcpuHandle, Vm,
+};
+use ruse_memory::GuestRam;
+
+use super::vcpu::DbtVcpu;
+use crate::{
+    cpu::{Arena, CpuBox, request},
+    cpuid,
+    mmu::{
+        Mmu,
+        watch::{CodeMap, MAX_VCPUS},
+    },
+};
+
+/// Choices of the engine.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DbtOptions {
+    /// Only tier 0 (`Some(0)`), or the translator wherever it can (`Some(1)`, `None`).
+    pub tier: Option<u8>,
+    /// Executes each instruction in both tiers and stops at the first difference.
+    pub check: bool,
+}
+
+/// Runs guest CPUs by dynamic binary translation.
+pub struct DbtEngine {
+    options: DbtOptions,
+}
+
+impl DbtEngine {
+    /// An engine with these choices.
+    pub fn new(options: DbtOptions) -> Self {
+        Self { options }
+    }
+}
+
+impl Engine for DbtEngine {
+    fn name(&self) -> &'static str {
+        "dbt"
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        Capabilities { max_vcpus: MAX_VCPUS, has_local_apics: false }
+    }
+
+    fn supported_cpuid(&self) -> CpuidTable {
+        cpuid::supported()
+    }
+
+    fn create_vm(&self, ram: GuestRam, clock: Arc<Clock>) -> Result<Arc<dyn Vm>, EngineError> {
+        if !std::is_x86_feature_detected!("xsave") {
+            return Err(EngineError::Host {
+                what: "the translator needs a CPU with XSAVE",
+                source: std::io::ErrorKind::Unsupported.into(),
+            });
+        }
+        let code = CodeMap::new(ram.clone());
+        Ok(Arc::new(DbtVm { ram, clock, code, options: self.options }))
+    }
+}
+
+struct DbtVm {
+    ram: GuestRam,
+    clock: Arc<Clock>,
+    code: Arc<CodeMap>,
+    options: DbtOptions,
+}
+
+impl Vm for DbtVm {
+    fn create_vcpu(&self, id: u32, cpuid: CpuidTable) -> Result<Box<dyn Vcpu>, EngineError> {
+        if id >= MAX_VCPUS {
+            return Err(EngineError::State(format!("vCPU {id}: at most {MAX_VCPUS} are possible")));
+        }
+        let mmu = Mmu::new(self.ram.clone(), self.code.clone(), id);
+        let cpu = CpuBox::new(id, cpuid, self.clock.clone(), mmu);
+        let handle = Arc::new(Handle { arena: cpu.arena().clone(), parker: Parker::default() });
+        let waker = handle.clone();
+        let peer = self.code.join(id, cpu.arena().clone(), Box::new(move || waker.parker.wake()));
+        let vcpu = DbtVcpu::new(cpu, handle, peer, self.options)
+            .map_err(|source| EngineError::Host { what: "cannot make memory for generated code", source })?;
+        Ok(Box::new(vcpu))
+    }
+}
+
+/// Lets a vCPU's thread sleep until somebody has a request.
+#[derive(Default)]
+pub(super) struct Parker {
+    sleeping: AtomicBool,
+    lock: Mutex<()>,
+    condition: Condvar,
+}
+
+impl Parker {
+    /// Sleeps until `ready` says yes; whoever changes its answer calls [`Parker::wake`] afterwards.
+    pub fn sleep_until(&self, ready: impl Fn() -> bool) {
+        let mut guard = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
+        self.sleeping.store(true, Ordering::SeqCst);
+        while !ready() {
+            guard = self.condition.wait(guard).unwrap_or_else(PoisonError::into_inner);
+        }
+        self.sleeping.store(false, Ordering::SeqCst);
+    }
+
+    /// Wakes the thread if it sleeps.
+    pub fn wake(&self) {
+        if self.sleeping.load(Ordering::SeqCst) {
+            let _guard = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
+            self.condition.notify_all();
+        }
+    }
+}
+
+/// How other threads reach a vCPU.
+pub(super) struct Handle {
+    pub arena: Arc<Arena>,
+    pub parker: Parker,
+}
+
+impl Handle {
+    fn request(&self, bits: u32) {
+        self.arena.shared.raise(bits);
+        self.parker.wake();
+    }
+}
+
+impl VcpuHandle for Handle {
+    fn kick(&self) {
+        self.request(request::KICK);
+    }
+    fn notify_interrupt(&self) {
+        self.request(request::INTERRUPT);
+    }
+    fn nmi(&self) {
+        self.request(request::NMI);
+    }
+    fn init(&self) {
+        self.request(request::INIT);
+    }
+    fn sipi(&self, vector: u8) {
+        self.arena.shared.sipi_vector.store(vector, Ordering::SeqCst);
+        self.request(request::SIPI);
+    }
+}

@@ -1,0 +1,71 @@
+//! The way into generated code and the call back out of it.
+
+use ruse_arch::paging::Access;
+
+use crate::{
+    cpu::{Cpu, Who},
+    mmu::access::Place,
+};
+
+/// Makes GS address the vCPU block on this thread.
+pub fn set_gs(cpu: &Cpu) {
+    const ARCH_SET_GS: libc::c_int = 0x1001;
+    // SAFETY: GS is not used by the host's user space on x86-64 Linux (thread-local storage is FS).
+    unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_SET_GS, cpu.this) };
+}
+
+/// Runs generated code at `code` until it leaves; the reason is in [`Cpu::exit_reason`].
+///
+/// # Safety
+/// GS addresses `cpu` on this thread, `enter` is the entry thunk, `code` the beginning of a block of the same vCPU, and
+/// the TLB and jump cache pointers in `cpu` are current.
+pub unsafe fn enter(enter: u64, code: *const u8) {
+    // SAFETY: the entry thunk has this signature.
+    let function: unsafe extern "C" fn(*const u8) = unsafe { std::mem::transmute(enter as *const ()) };
+    // SAFETY: by this function's contract. Generated code stays within guest RAM and the vCPU block, keeps the
+    // registers that a function keeps, and returns.
+    unsafe { function(code) };
+}
+
+/// Serves an access that the TLB has no entry for: the host address, or 0 if tier 0 must execute the instruction.
+///
+/// # Safety
+/// Called by generated code only, with the address of the running vCPU's block.
+pub unsafe extern "C" fn slow_access(cpu: u64, va: u64, kind: u64, pc: u64) -> u64 {
+    // SAFETY: the block is exclusively this thread's while generated code runs; the loop that entered generated code
+    // holds no reference across the call.
+    let cpu = unsafe { &mut *(cpu as *mut Cpu) };
+    let size = (kind & 0xff) as usize;
+    let access = if kind >> 8 & 1 != 0 { Access::Write } else { Access::Read };
+    if cpu.is_canonical(va) && va.wrapping_add(size as u64 - 1) >= va {
+        if va as usize % 4096 + size <= 4096 {
+            if let Ok(Place::Ram(host)) = cpu.place(va, size, access, Who::Current) {
+                return host as u64;
+            }
+        } else if access == Access::Read
+            && let Some(host) = gather(cpu, va, size)
+        {
+            return host;
+        }
+    }
+    cpu.exit_value = pc;
+    0
+}
+
+/// Reads bytes from two pages of RAM into the bounce buffer, at an address of the same alignment.
+fn gather(cpu: &mut Cpu, va: u64, size: usize) -> Option<u64> {
+    let split = 4096 - va as usize % 4096;
+    let second = va + split as u64;
+    let Ok(Place::Ram(_)) = cpu.place(va, split, Access::Read, Who::Current) else { return None };
+    let Ok(Place::Ram(_)) = cpu.place(second, size - split, Access::Read, Who::Current) else { return None };
+    let mut bytes = [0u8; 32];
+    cpu.read_linear(va, &mut bytes[..size], Who::Current).ok()?;
+    let skew = va as usize % 32;
+    let words = &mut cpu.bounce.0;
+    for (i, &b) in bytes[..size].iter().enumerate() {
+        let at = skew + i;
+        let shift = at % 8 * 8;
+        words[at / 8] = words[at / 8] & !(0xff << shift) | u64::from(b) << shift;
+    }
+    Some(std::ptr::from_ref(words) as u64 + skew as u64)
+}

@@ -1,0 +1,387 @@
+//! The loop of a vCPU: requests from other threads, interrupts, then translated code or tier 0, over and over.
+
+use std::{sync::Arc, time::Instant};
+
+use ruse_arch::{
+    Exception, MpState, VcpuState,
+    flags::{cr0, cr4, rflags},
+    paging::Access,
+    state::seg,
+};
+use ruse_engine::{Bus, EngineError, Halt, Vcpu, VcpuHandle};
+
+use super::{
+    blocks::Blocks,
+    engine::{DbtOptions, Handle},
+    enter, fault,
+};
+use crate::{
+    backend::x86_64::exit,
+    cpu::{Cpu, CpuBox, Who, request},
+    frontend::x86_64::{CodeMode, Lifter},
+    mmu::{
+        access::Place,
+        watch::{Note, Peer},
+    },
+    tier0::{
+        self, Features,
+        interrupt::{self, Event},
+        vector,
+    },
+};
+
+/// A vCPU of the translator.
+pub struct DbtVcpu {
+    cpu: CpuBox,
+    blocks: Blocks,
+    handle: Arc<Handle>,
+    peer: Arc<Peer>,
+    options: DbtOptions,
+    /// A link by which translated code left, to be resolved when its target is found.
+    pending_link: Option<u32>,
+}
+
+impl DbtVcpu {
+    pub(super) fn new(
+        mut cpu: CpuBox,
+        handle: Arc<Handle>,
+        peer: Arc<Peer>,
+        options: DbtOptions,
+    ) -> std::io::Result<Self> {
+        let features = Features::new(&cpu.cpuid);
+        let lifter = Lifter::new(Box::new(move |i| features.allows(i)));
+        let avx = std::is_x86_feature_detected!("avx");
+        let blocks = Blocks::new(enter::slow_access, lifter, avx)?;
+        cpu.mmu.set_jump_miss(blocks.thunks().exit_at as *const u8);
+        cpu.update_mode();
+        Ok(Self { cpu, blocks, handle, peer, options, pending_link: None })
+    }
+
+    fn run_loop(&mut self) -> Result<Halt, EngineError> {
+        loop {
+            if let Some(halt) = self.serve_requests() {
+                return Ok(halt);
+            }
+            match self.cpu.mp_state {
+                MpState::Running => {}
+                MpState::Halted if self.event_waits() => self.cpu.mp_state = MpState::Running,
+                MpState::Halted | MpState::WaitForSipi => {
+                    let shared = self.cpu.shared();
+                    let ready = || shared.requests.load(std::sync::atomic::Ordering::SeqCst) != 0;
+                    self.handle.parker.sleep_until(ready);
+                    continue;
+                }
+                MpState::Shutdown => return Ok(Halt::TripleFault),
+            }
+            let result = match self.next_event() {
+                Some(event) => self.deliver(event),
+                None => self.execute().or_else(|e| self.deliver(Event::Exception(e))),
+            };
+            if result.is_err() {
+                self.cpu.mp_state = MpState::Shutdown;
+            }
+        }
+    }
+
+    fn deliver(&mut self, event: Event) -> Result<(), interrupt::Shutdown> {
+        self.cpu.counters.interrupts += 1;
+        interrupt::deliver(&mut self.cpu, event)
+    }
+
+    /// Looks after what other threads asked for.
+    fn serve_requests(&mut self) -> Option<Halt> {
+        let shared = self.cpu.shared();
+        if shared.requests.load(std::sync::atomic::Ordering::SeqCst) == 0 {
+            return None;
+        }
+        let bits = shared.take(!request::KICK);
+        if bits & request::MEMORY != 0 {
+            self.memory_changed();
+        }
+        if bits & request::INIT != 0 {
+            self.init();
+        }
+        if bits & request::SIPI != 0 && self.cpu.mp_state == MpState::WaitForSipi {
+            self.start_up(shared.sipi_vector.load(std::sync::atomic::Ordering::SeqCst));
+        }
+        if bits & request::NMI != 0 {
+            self.cpu.nmi_pending = true;
+        }
+        (shared.take(request::KICK) != 0).then_some(Halt::Kicked)
+    }
+
+    /// INIT (SDM volume 3, table 9-1): what the FPU, the TSC and the MTRRs hold survives.
+    fn init(&mut self) {
+        let old = self.cpu.save_state();
+        let state = VcpuState {
+            fpu: old.fpu,
+            tsc: old.tsc,
+            tsc_adjust: old.tsc_adjust,
+            pat: old.pat,
+            mtrr_def_type: old.mtrr_def_type,
+            mtrr_fixed: old.mtrr_fixed,
+            mtrr_variable: old.mtrr_variable,
+            cr0: cr0::ET | old.cr0 & (cr0::CD | cr0::NW),
+            xcr0: old.xcr0,
+            misc_enable: old.misc_enable,
+            mp_state: if self.cpu.id == 0 { MpState::Running } else { MpState::WaitForSipi },
+            ..VcpuState::default()
+        };
+        self.cpu.load_state(&state);
+        self.cpu.bus().apic_init(self.cpu.id);
+    }
+
+    /// Start-up IPI (SDM volume 3, 8.4.3).
+    fn start_up(&mut self, vector: u8) {
+        let cs = &mut self.cpu.seg[seg::CS];
+        cs.selector = u16::from(vector) << 8;
+        cs.base = u64::from(vector) << 12;
+        self.cpu.rip = 0;
+        self.cpu.mp_state = MpState::Running;
+        self.cpu.update_mode();
+    }
+
+    /// Whether something ends HLT.
+    fn event_waits(&self) -> bool {
+        let cpu = &self.cpu;
+        cpu.exception.is_some()
+            || (cpu.nmi_pending && !cpu.nmi_blocked)
+            || (cpu.rflags & rflags::IF != 0 && cpu.bus().interrupt_pending(cpu.id))
+    }
+
+    /// What is to be delivered before the next instruction (SDM volume 3, table 6-2).
+    fn next_event(&mut self) -> Option<Event> {
+        let cpu = &mut self.cpu;
+        if let Some(exception) = cpu.exception.take() {
+            return Some(Event::Exception(exception));
+        }
+        cpu.irq_waiting = 0;
+        if cpu.interrupt_shadow {
+            return None;
+        }
+        if cpu.nmi_pending && !cpu.nmi_blocked {
+            cpu.nmi_pending = false;
+            return Some(Event::Nmi);
+        }
+        if cpu.bus().interrupt_pending(cpu.id) {
+            if cpu.rflags & rflags::IF != 0 {
+                return cpu.bus().acknowledge_interrupt(cpu.id).map(Event::Interrupt);
+            }
+            cpu.irq_waiting = 1;
+        }
+        None
+    }
+
+    /// Runs translated code where that is possible, else one instruction in tier 0.
+    fn execute(&mut self) -> Result<(), Exception> {
+        let Some(mode) = self.code_mode() else { return tier0::step(&mut self.cpu) };
+        let Some(block) = self.find(mode)? else {
+            self.pending_link = None;
+            return tier0::step(&mut self.cpu);
+        };
+        self.resolve_link(block);
+        self.enter(block, mode);
+        self.after_exit()
+    }
+
+    /// What translated code may rely on now; `None` if only tier 0 will do.
+    fn code_mode(&self) -> Option<CodeMode> {
+        let cpu = &self.cpu;
+        let stepping = cpu.rflags & (rflags::TF | rflags::RF) != 0 || cpu.dr7 & 0xff != 0;
+        let aligned = cpu.rflags & rflags::AC != 0 && cpu.paging.cr0 & cr0::AM != 0 && cpu.mode.cpl == 3;
+        let plain = cpu.mode.code64 && matches!(cpu.mode.cpl, 0 | 3) && !stepping && !aligned;
+        if !plain || cpu.interrupt_shadow || self.options.tier == Some(0) {
+            return None;
+        }
+        // DF is kept clear in the host's flags, and string instructions are tier 0's.
+        let x87 = cpu.paging.cr0 & (cr0::EM | cr0::TS) == 0;
+        let sse = x87 && cpu.paging.cr4 & cr4::OSFXSR != 0;
+        let avx = sse && cpu.paging.cr4 & cr4::OSXSAVE != 0 && cpu.xcr0 & 6 == 6;
+        Some(CodeMode { kernel: cpu.mode.cpl == 0, x87, sse, avx })
+    }
+
+    /// The block at RIP, translated if it is not there yet. `None`: tier 0 has to execute here.
+    fn find(&mut self, mode: CodeMode) -> Result<Option<u32>, Exception> {
+        let va = self.cpu.rip;
+        if !ruse_arch::paging::is_canonical(va) {
+            return Ok(None);
+        }
+        let Place::Ram(host) = self.cpu.place(va, 1, Access::Fetch, Who::Current)? else { return Ok(None) };
+        let page = host as u64 & !0xfff;
+        if let Some(block) = self.blocks.find(va, page, mode) {
+            return Ok(Some(block));
+        }
+        let started = Instant::now();
+        let block = self.translate(va, host, page, mode);
+        self.cpu.counters.translation_ns += started.elapsed().as_nanos() as u64;
+        Ok(block)
+    }
+
+    fn translate(&mut self, va: u64, host: *const u8, page: u64, mode: CodeMode) -> Option<u32> {
+        self.guard_page(page);
+        let mut bytes = [0; 4096];
+        let bytes = &mut bytes[..4096 - va as usize % 4096];
+        crate::mmu::access::load(host, bytes);
+        let region = self.blocks.lift(va, bytes, mode)?;
+        self.blocks.translate(&region, page, mode).or_else(|| {
+            self.clear_blocks();
+            self.guard_page(page);
+            self.blocks.translate(&region, page, mode)
+        })
+    }
+
+    /// Sees to it that every write to the page is noticed from now on.
+    fn guard_page(&mut self, page: u64) {
+        if self.blocks.has_page(page) {
+            return;
+        }
+        let Some(gpa) = self.cpu.mmu.gpa_of_host(page) else { return };
+        let id = self.cpu.id;
+        let code = self.cpu.mmu.code.clone();
+        code.watch(gpa, id);
+        if code.take_writer(gpa, id) {
+            self.cpu.mmu.drop_writers(gpa);
+        }
+    }
+
+    /// No room is left: everything is translated anew.
+    fn clear_blocks(&mut self) {
+        for page in self.blocks.clear() {
+            if let Some(gpa) = self.cpu.mmu.gpa_of_host(page) {
+                self.cpu.mmu.code.unwatch(gpa, self.cpu.id);
+            }
+        }
+        self.pending_link = None;
+        self.cpu.mmu.flush_jumps();
+    }
+
+    fn resolve_link(&mut self, block: u32) {
+        let Some(link) = self.pending_link.take() else { return };
+        if self.blocks.link_target(link) != Some(self.cpu.rip) {
+            return;
+        }
+        let generation = if self.cpu.rip >> 63 != 0 {
+            self.cpu.mmu.kernel_generation()
+        } else {
+            self.cpu.mmu.user_generation()
+        };
+        self.blocks.resolve(link, block, generation);
+    }
+
+    fn enter(&mut self, block: u32, mode: CodeMode) {
+        let entry = self.blocks.entry(block);
+        let cpu = &mut *self.cpu;
+        cpu.mmu.set_jump_mode(mode.bits());
+        cpu.select_view();
+        cpu.kernel_generation = cpu.mmu.kernel_generation();
+        let va = cpu.rip;
+        cpu.mmu.fill_jump(va, entry);
+        cpu.arith = cpu.rflags & rflags::ARITH | rflags::FIXED;
+        cpu.fpu.header[0] = 7;
+        cpu.counters.dispatches += 1;
+        let thunk = self.blocks.thunks().enter;
+        self.peer.set_running(true);
+        // SAFETY: `run` has set GS to this vCPU's block; the entry is a block of this vCPU's own store, and the view
+        // was selected above.
+        unsafe { enter::enter(thunk, entry) };
+        self.peer.set_running(false);
+        let cpu = &mut *self.cpu;
+        cpu.rflags = cpu.rflags & !rflags::ARITH | cpu.arith & rflags::ARITH;
+    }
+
+    fn after_exit(&mut self) -> Result<(), Exception> {
+        let value = self.cpu.exit_value;
+        match self.cpu.exit_reason {
+            exit::LINK => {
+                self.cpu.rip = value;
+                self.pending_link = Some(self.cpu.exit_aux as u32);
+                Ok(())
+            }
+            exit::INTERPRET => {
+                self.cpu.rip = value;
+                tier0::step(&mut self.cpu)
+            }
+            exit::FAULT => {
+                let point = self.blocks.locate(value).expect("generated code has marks from its first byte on");
+                self.cpu.rip = point.rip;
+                if point.host_flags {
+                    let flags = self.cpu.scratch[1];
+                    self.cpu.rflags = self.cpu.rflags & !rflags::ARITH | flags & rflags::ARITH;
+                }
+                tier0::step(&mut self.cpu)
+            }
+            _ => {
+                self.cpu.rip = value;
+                Ok(())
+            }
+        }
+    }
+
+    /// Code was written, by this vCPU or others, or others are about to translate from pages that this one writes to.
+    fn memory_changed(&mut self) {
+        let mut dropped = false;
+        for (gpa, len) in std::mem::take(&mut self.cpu.written_code) {
+            let start = (gpa & 0xfff) as u32;
+            dropped |= self.invalidate(gpa, start..start + len);
+        }
+        for note in self.peer.take_notes() {
+            match note {
+                Note::Written(gpa) => dropped |= self.invalidate(gpa, 0..4096),
+                Note::Guard(gpa) => {
+                    self.cpu.mmu.code.take_writer(gpa, self.cpu.id);
+                    self.cpu.mmu.drop_writers(gpa);
+                }
+            }
+        }
+        if dropped {
+            self.cpu.mmu.flush_jumps();
+        }
+    }
+
+    fn invalidate(&mut self, gpa: u64, bytes: std::ops::Range<u32>) -> bool {
+        let Some(page) = self.cpu.mmu.host_page(gpa) else { return false };
+        let dropped = self.blocks.invalidate(page as u64, bytes);
+        if dropped && !self.blocks.has_page(page as u64) {
+            self.cpu.mmu.code.unwatch(gpa, self.cpu.id);
+        }
+        dropped
+    }
+}
+
+impl Vcpu for DbtVcpu {
+    fn run(&mut self, bus: &dyn Bus) -> Result<Halt, EngineError> {
+        enter::set_gs(&self.cpu);
+        fault::arm(&self.blocks.code_range(), self.blocks.thunks().exit_fault);
+        Cpu::attach(self, |this| &mut this.cpu, bus, Self::run_loop)
+    }
+
+    fn handle(&self) -> Arc<dyn VcpuHandle> {
+        self.handle.clone()
+    }
+
+    fn state(&mut self) -> Result<VcpuState, EngineError> {
+        vector::spill_x87(&mut self.cpu);
+        Ok(self.cpu.save_state())
+    }
+
+    fn set_state(&mut self, state: &VcpuState) -> Result<(), EngineError> {
+        self.cpu.load_state(state);
+        Ok(())
+    }
+
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        let c = &self.cpu.counters;
+        vec![
+            ("tier0_instructions", c.tier0),
+            ("dispatches", c.dispatches),
+            ("events", c.interrupts),
+            ("tlb_fills", self.cpu.mmu.fills),
+            ("tlb_flushes", self.cpu.mmu.flushes),
+            ("blocks_made", self.blocks.made),
+            ("instructions_translated", self.blocks.made_instructions),
+            ("blocks_dropped", self.blocks.dropped),
+            ("code_bytes", self.blocks.used() as u64),
+            ("translation_ns", c.translation_ns),
+        ]
+    }
+}
