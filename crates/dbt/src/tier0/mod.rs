@@ -1,6 +1,78 @@
 //! Tier 0: a complete, plain executor of single instructions. It runs 16-bit and rare code, steps, is the oracle of the
 //! translator, and finishes instructions that hardware assistance gave up on.
 
+mod features;
+mod fetch;
+mod integer;
 pub mod operand;
+mod segment;
+mod stack;
+mod system;
+#[cfg(test)]
+pub(crate) mod testing;
+mod vector;
 
+use iced_x86::{Instruction, Mnemonic};
+use ruse_arch::{Exception, flags::rflags};
+
+pub use self::fetch::DecodeCache;
 pub use operand::Insn;
+
+use crate::cpu::Cpu;
+
+/// Executes one instruction: reads its operands from the CPU and memory, changes nothing if it fails. RIP already is
+/// behind the instruction.
+type Handler = fn(&mut Cpu, &Insn) -> Result<(), Exception>;
+
+/// DR6.BS: a single step.
+const DR6_BS: u64 = 1 << 14;
+
+/// Executes the instruction at CS:RIP.
+///
+/// On `Err` the architectural state is as before the instruction (completed iterations of a string instruction and
+/// accessed and dirty bits apart), with RIP at the instruction; a single-step trap is an `Err` too, but with the
+/// instruction complete. A repeated string instruction may return `Ok` with RIP at itself before it is done, so that
+/// interrupts get their turn.
+pub fn step(cpu: &mut Cpu) -> Result<(), Exception> {
+    cpu.counters.tier0 += 1;
+    let flags = cpu.rflags;
+    cpu.interrupt_shadow = false;
+    let (insn, handler) = fetch::fetch(cpu)?;
+    cpu.rip = insn.next;
+    // Cleared by every instruction that completes; IRET and a task switch load it (SDM volume 3, 17.3.1.1).
+    cpu.rflags &= !rflags::RF;
+    if let Err(fault) = handler(cpu, &insn) {
+        cpu.rip = insn.rip;
+        cpu.rflags |= flags & rflags::RF;
+        return Err(fault);
+    }
+    if flags & rflags::TF != 0 && traps(cpu, &insn.i) {
+        return Err(Exception::db(DR6_BS));
+    }
+    Ok(())
+}
+
+/// The instruction at CS:RIP, decoded, with all that fetching it may raise.
+pub fn decode(cpu: &mut Cpu) -> Result<Insn, Exception> {
+    fetch::fetch(cpu).map(|found| found.0)
+}
+
+/// Whether a single-step trap follows the instruction: not after one that loads SS, whose shadow holds it back, and not
+/// after those that enter a handler and clear TF themselves (SDM volume 3, 6.8.3 and 17.3.1.4).
+fn traps(cpu: &Cpu, i: &Instruction) -> bool {
+    match i.mnemonic() {
+        Mnemonic::Int | Mnemonic::Int1 | Mnemonic::Int3 | Mnemonic::Into | Mnemonic::Syscall => false,
+        Mnemonic::Sti => true,
+        _ => !cpu.interrupt_shadow,
+    }
+}
+
+/// The handler of an instruction.
+fn handler(i: &Instruction) -> Handler {
+    integer::handler(i).unwrap_or(other)
+}
+
+/// Instructions of the other groups, which look for themselves.
+fn other(cpu: &mut Cpu, insn: &Insn) -> Result<(), Exception> {
+    if system::execute(cpu, insn)? || vector::execute(cpu, insn)? { Ok(()) } else { Err(Exception::UD) }
+}
