@@ -80,7 +80,7 @@ impl Vm for DbtVm {
         }
         let mmu = Mmu::new(self.ram.clone(), self.code.clone(), id);
         let cpu = CpuBox::new(id, cpuid, self.clock.clone(), mmu);
-        let handle = Arc::new(Handle { arena: cpu.arena().clone(), parker: Parker::default() });
+        let handle = Arc::new(Handle::new(cpu.arena().clone()));
         let waker = handle.clone();
         let peer = self.code.join(id, cpu.arena().clone(), Box::new(move || waker.parker.wake()));
         let vcpu = DbtVcpu::new(cpu, handle, peer, self.options)
@@ -124,6 +124,10 @@ pub(super) struct Handle {
 }
 
 impl Handle {
+    pub fn new(arena: Arc<Arena>) -> Self {
+        Self { arena, parker: Parker::default() }
+    }
+
     fn request(&self, bits: u32) {
         self.arena.shared.raise(bits);
         self.parker.wake();

@@ -5,3 +5,5 @@ pub mod engine;
 mod enter;
 mod fault;
 pub mod vcpu;
+#[cfg(test)]
+mod tests;

@@ -49,12 +49,31 @@ impl DbtVcpu {
         options: DbtOptions,
     ) -> std::io::Result<Self> {
         let features = Features::new(&cpu.cpuid);
-        let lifter = Lifter::new(Box::new(move |i| features.allows(i)));
+        let lifter = Lifter::new(Box::new(move |i| features.allow(i)));
         let avx = std::is_x86_feature_detected!("avx");
         let blocks = Blocks::new(enter::slow_access, lifter, avx)?;
         cpu.mmu.set_jump_miss(blocks.thunks().exit_at as *const u8);
         cpu.update_mode();
         Ok(Self { cpu, blocks, handle, peer, options, pending_link: None })
+    }
+
+    /// The CPU.
+    #[cfg(test)]
+    pub(super) fn cpu(&self) -> &Cpu {
+        &self.cpu
+    }
+
+    /// Runs until an exception, which is not delivered.
+    #[cfg(test)]
+    pub(super) fn run_until_fault(&mut self, bus: &dyn Bus) -> Exception {
+        enter::set_gs(&self.cpu);
+        fault::arm(&self.blocks.code_range(), self.blocks.thunks().exit_fault);
+        Cpu::attach(self, |this| &mut this.cpu, bus, |this| loop {
+            this.serve_requests();
+            if let Err(fault) = this.execute() {
+                return fault;
+            }
+        })
     }
 
     fn run_loop(&mut self) -> Result<Halt, EngineError> {

@@ -1,0 +1,215 @@
+//! Translated programs: what they compute, how they fault, and that changed code is noticed.
+
+use std::sync::Arc;
+
+use iced_x86::code_asm::*;
+use ruse_arch::{Exception, state::reg};
+
+use super::{
+    engine::{DbtOptions, Handle},
+    vcpu::DbtVcpu,
+};
+use crate::tier0::testing::{CODE, DATA, Machine, NullBus};
+
+/// A vCPU with the program at [`CODE`], and the exception with which it ended (they end with UD2).
+fn run(program: impl FnOnce(&mut CodeAssembler)) -> (DbtVcpu, Exception) {
+    run_in(Machine::long(), program)
+}
+
+fn run_in(mut machine: Machine, program: impl FnOnce(&mut CodeAssembler)) -> (DbtVcpu, Exception) {
+    let mut a = CodeAssembler::new(64).unwrap();
+    program(&mut a);
+    a.ud2().unwrap();
+    let code = a.assemble(CODE).unwrap();
+    machine.load(&code);
+    let id = machine.cpu.id;
+    let arena = machine.cpu.arena().clone();
+    let handle = Arc::new(Handle::new(arena.clone()));
+    let peer = machine.cpu.mmu.code.join(id, arena, Box::new(|| {}));
+    let mut vcpu = DbtVcpu::new(machine.cpu, handle, peer, DbtOptions::default()).unwrap();
+    let fault = vcpu.run_until_fault(&NullBus);
+    (vcpu, fault)
+}
+
+fn result(vcpu: &DbtVcpu) -> u64 {
+    vcpu.cpu().gpr[reg::RAX]
+}
+
+#[test]
+fn loops_calls_and_returns() {
+    // fib(20), recursively, through the guest's stack.
+    let (vcpu, fault) = run(|a| {
+        let (mut fib, mut base, mut done) = (a.create_label(), a.create_label(), a.create_label());
+        a.mov(rdi, 20u64).unwrap();
+        a.call(fib).unwrap();
+        a.jmp(done).unwrap();
+        a.set_label(&mut fib).unwrap();
+        a.cmp(rdi, 2).unwrap();
+        a.jb(base).unwrap();
+        a.push(rdi).unwrap();
+        a.sub(rdi, 1).unwrap();
+        a.call(fib).unwrap();
+        a.pop(rdi).unwrap();
+        a.push(rax).unwrap();
+        a.sub(rdi, 2).unwrap();
+        a.call(fib).unwrap();
+        a.pop(rcx).unwrap();
+        a.add(rax, rcx).unwrap();
+        a.ret().unwrap();
+        a.set_label(&mut base).unwrap();
+        a.mov(rax, rdi).unwrap();
+        a.ret().unwrap();
+        a.set_label(&mut done).unwrap();
+        a.nop().unwrap();
+    });
+    assert_eq!(fault, Exception::UD);
+    assert_eq!(result(&vcpu), 6765);
+    assert!(vcpu.cpu().counters.dispatches < 100, "blocks are linked");
+}
+
+#[test]
+fn every_register_works_with_memory() {
+    let (vcpu, _) = run(|a| {
+        a.mov(r13, DATA).unwrap();
+        a.mov(r14, 2u64).unwrap();
+        a.mov(r15, 0x1122_3344_5566_7788u64).unwrap();
+        a.mov(qword_ptr(r13 + r14 * 8 + 8), r15).unwrap();
+        a.add(qword_ptr(r13 + 24), r14).unwrap();
+        a.mov(rax, qword_ptr(r13 + r14 * 4 + 16)).unwrap();
+        a.lea(r15, qword_ptr(r14 + r14 * 2 + 1)).unwrap();
+        a.add(rax, r15).unwrap();
+        a.mov(r14b, byte_ptr(r13 + 24)).unwrap();
+        a.movzx(rcx, r14b).unwrap();
+        a.add(rax, rcx).unwrap();
+        a.mov(rsp, r13).unwrap();
+        a.push(r14).unwrap();
+        a.pop(r15).unwrap();
+        a.add(rax, r15).unwrap();
+    });
+    let stored = 0x1122_3344_5566_778au64;
+    assert_eq!(result(&vcpu), stored + 7 + 0x8a + 0x8a);
+}
+
+#[test]
+fn flags_survive_memory_accesses_and_exits() {
+    let (vcpu, _) = run(|a| {
+        let (mut carry, mut out) = (a.create_label(), a.create_label());
+        a.mov(rbx, DATA).unwrap();
+        a.mov(rax, u64::MAX).unwrap();
+        a.add(rax, 1).unwrap();
+        a.mov(rcx, qword_ptr(rbx)).unwrap();
+        a.adc(rcx, 0).unwrap();
+        a.stc().unwrap();
+        a.jmp(carry).unwrap();
+        a.set_label(&mut carry).unwrap();
+        a.mov(rdx, qword_ptr(rbx)).unwrap();
+        a.adc(rdx, 0).unwrap();
+        a.cmp(rdx, 1).unwrap();
+        a.inc(qword_ptr(rbx)).unwrap();
+        a.jb(out).unwrap();
+        a.lea(rax, qword_ptr(rcx + rdx * 2 + 0x10)).unwrap();
+        a.set_label(&mut out).unwrap();
+        a.nop().unwrap();
+    });
+    assert_eq!(result(&vcpu), 0x13);
+}
+
+#[test]
+fn vectors_stay_in_host_registers() {
+    let (vcpu, _) = run(|a| {
+        a.mov(rbx, DATA).unwrap();
+        a.mov(rax, 3u64).unwrap();
+        a.cvtsi2sd(xmm1, rax).unwrap();
+        a.sqrtsd(xmm2, xmm1).unwrap();
+        a.mulsd(xmm2, xmm2).unwrap();
+        a.movsd_2(qword_ptr(rbx), xmm2).unwrap();
+        a.addsd(xmm2, qword_ptr(rbx)).unwrap();
+        a.cvtsd2si(rax, xmm2).unwrap();
+    });
+    assert_eq!(result(&vcpu), 6);
+}
+
+#[test]
+fn x87_stays_in_the_host_unit() {
+    let (vcpu, _) = run(|a| {
+        a.mov(rbx, DATA).unwrap();
+        a.mov(dword_ptr(rbx), 0x37f).unwrap();
+        a.fldcw(word_ptr(rbx)).unwrap();
+        a.mov(dword_ptr(rbx), 7).unwrap();
+        a.fild(dword_ptr(rbx)).unwrap();
+        a.fadd_2(st0, st0).unwrap();
+        a.fistp(qword_ptr(rbx)).unwrap();
+        a.mov(rax, qword_ptr(rbx)).unwrap();
+    });
+    assert_eq!(result(&vcpu), 14);
+}
+
+#[test]
+fn a_page_fault_is_precise() {
+    let mut machine = Machine::long();
+    machine.unmap(DATA + 0x1000);
+    let (vcpu, fault) = run_in(machine, |a| {
+        a.mov(rbx, DATA + 0xff8).unwrap();
+        a.mov(rax, 1u64).unwrap();
+        a.mov(qword_ptr(rbx), rax).unwrap();
+        a.mov(rax, 2u64).unwrap();
+        a.mov(qword_ptr(rbx + 4), rax).unwrap();
+        a.mov(rax, 3u64).unwrap();
+    });
+    assert_eq!(fault, Exception::pf(DATA + 0x1000, 2));
+    assert_eq!(result(&vcpu), 2);
+}
+
+#[test]
+fn division_by_zero_is_the_guests_fault() {
+    let (vcpu, fault) = run(|a| {
+        a.mov(rax, 5u64).unwrap();
+        a.xor(edx, edx).unwrap();
+        a.xor(ecx, ecx).unwrap();
+        a.div(rcx).unwrap();
+        a.mov(rax, 9u64).unwrap();
+    });
+    assert_eq!(fault, Exception::DE);
+    assert_eq!(result(&vcpu), 5);
+}
+
+#[test]
+fn an_unaligned_movaps_is_the_guests_fault() {
+    let (_, fault) = run(|a| {
+        a.mov(rbx, DATA + 8).unwrap();
+        a.movaps(xmm0, xmmword_ptr(rbx)).unwrap();
+    });
+    assert_eq!(fault, Exception::gp(0));
+}
+
+#[test]
+fn code_that_rewrites_itself_is_noticed() {
+    let (vcpu, _) = run(|a| {
+        let (mut again, mut patch) = (a.create_label(), a.create_label());
+        a.xor(eax, eax).unwrap();
+        a.mov(ecx, 100).unwrap();
+        a.lea(rbx, ptr(patch)).unwrap();
+        a.set_label(&mut again).unwrap();
+        // The immediate of the next ADD becomes the counter.
+        a.mov(dword_ptr(rbx + 1), ecx).unwrap();
+        a.set_label(&mut patch).unwrap();
+        a.add(eax, 0x7fff_ffff).unwrap();
+        a.dec(ecx).unwrap();
+        a.jne(again).unwrap();
+    });
+    assert_eq!(result(&vcpu), 5050);
+}
+
+#[test]
+fn reads_that_leave_a_page_are_gathered() {
+    let (vcpu, _) = run(|a| {
+        a.mov(rbx, DATA + 0xffc).unwrap();
+        a.mov(dword_ptr(rbx), 0x1111_1111).unwrap();
+        a.mov(dword_ptr(rbx + 4), 0x2222_2222).unwrap();
+        a.mov(rax, qword_ptr(rbx)).unwrap();
+        a.movdqu(xmm0, xmmword_ptr(rbx - 8)).unwrap();
+        a.pextrq(rcx, xmm0, 1).unwrap();
+        a.sub(rax, rcx).unwrap();
+    });
+    assert_eq!(result(&vcpu), 0x2222_2222_1111_1111 - 0x2222_2222_1111_1111);
+}
