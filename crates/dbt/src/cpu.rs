@@ -115,6 +115,8 @@ pub struct Cpu {
     pub arith: u64,
     /// Entries of the TLB view in force.
     pub tlb: *mut crate::mmu::tlb::Entry,
+    /// Entries of the kernel's views without and with AC, for STAC and CLAC; valid at CPL 0.
+    pub kernel_tlbs: [*mut crate::mmu::tlb::Entry; 2],
     /// Entries of the jump cache in force.
     pub jumps: *mut crate::mmu::tlb::Jump,
     /// Generation of the kernel half's executable mappings.
@@ -328,6 +330,7 @@ impl Cpu {
             rflags: rflags::FIXED,
             arith: 0,
             tlb: std::ptr::null_mut(),
+            kernel_tlbs: [std::ptr::null_mut(); 2],
             jumps: std::ptr::null_mut(),
             kernel_generation: 0,
             user_generation: 0,
@@ -463,6 +466,9 @@ impl Cpu {
         let (tlb, jumps) = self.mmu.select(who.user, !smap || who.ac);
         self.tlb = tlb;
         self.jumps = jumps;
+        if !who.user {
+            self.kernel_tlbs = self.mmu.kernel_entries(smap);
+        }
         self.user_generation = self.mmu.user_generation();
     }
 

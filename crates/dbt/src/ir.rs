@@ -49,6 +49,8 @@ pub enum Op {
     DisableInterrupts,
     /// Sets IF; interrupts stay blocked for one more instruction.
     EnableInterrupts,
+    /// Sets or clears AC, which opens or closes user pages to the kernel (STAC, CLAC).
+    UserAccess(bool),
     /// Leaves to `target` if the condition holds.
     Branch {
         /// Condition on the flags.
@@ -95,6 +97,7 @@ impl Op {
             | Op::Leave
             | Op::DisableInterrupts
             | Op::EnableInterrupts
+            | Op::UserAccess(_)
             | Op::Call { .. }
             | Op::JumpTo(_)
             | Op::CallTo(_)

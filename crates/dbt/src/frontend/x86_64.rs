@@ -58,11 +58,20 @@ impl Lifter {
     /// Lifts the region that begins at linear address `start`. `page` is the code page's content from `start` to its
     /// end. `None` if not even one instruction lies wholly on the page.
     pub fn lift(&mut self, start: u64, page: &[u8], mode: CodeMode) -> Option<Region> {
+        self.lift_some(start, page, mode, MAX_NODES)
+    }
+
+    /// Lifts the one instruction at `start`; `bytes` may come from two pages.
+    pub fn lift_one(&mut self, start: u64, bytes: &[u8], mode: CodeMode) -> Option<Region> {
+        self.lift_some(start, bytes, mode, 1)
+    }
+
+    fn lift_some(&mut self, start: u64, page: &[u8], mode: CodeMode, most: usize) -> Option<Region> {
         let mut decoder = Decoder::with_ip(64, page, start, DecoderOptions::NONE);
         let mut nodes: Vec<Node> = Vec::with_capacity(16);
         let mut end = start;
         let mut after_sti = false;
-        while nodes.len() < MAX_NODES && decoder.can_decode() {
+        while nodes.len() < most && decoder.can_decode() {
             let insn = decoder.decode();
             if insn.is_invalid() && decoder.last_error() == iced_x86::DecoderError::NoMoreBytes {
                 break;
@@ -128,10 +137,13 @@ impl Lifter {
             }
             _ => return Op::Interpret,
         }
+        if !(self.allowed)(i) {
+            return Op::Interpret;
+        }
         if let Some(op) = special(i, mode) {
             return op;
         }
-        if must_interpret(i) || !unit_available(i, mode) || !(self.allowed)(i) {
+        if must_interpret(i) || !unit_available(i, mode) {
             return Op::Interpret;
         }
         let Some(memory) = (0..i.op_count()).find(|&op| i.op_kind(op) == OpKind::Memory) else {
@@ -187,6 +199,8 @@ fn special(i: &Instruction, mode: CodeMode) -> Option<Op> {
         Code::Pushfq => Op::PushFlags,
         Code::Cli if mode.kernel => Op::DisableInterrupts,
         Code::Sti if mode.kernel => Op::EnableInterrupts,
+        Code::Stac if mode.kernel => Op::UserAccess(true),
+        Code::Clac if mode.kernel => Op::UserAccess(false),
         Code::Swapgs if mode.kernel => Op::SwapGs,
         Code::Lea_r64_m | Code::Lea_r32_m => Op::Address,
         Code::Lea_r16_m => Op::Interpret,

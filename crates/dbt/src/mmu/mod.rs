@@ -132,6 +132,11 @@ impl Mmu {
         (self.view_mut(self.view).entries_ptr(), jumps)
     }
 
+    /// Entries of the kernel's views without and with AC.
+    pub fn kernel_entries(&mut self, smap: bool) -> [*mut Entry; 2] {
+        [!smap, true].map(|ac| self.view_mut(view_index(false, ac)).entries_ptr())
+    }
+
     /// Says which kind of code runs (a key of the translator); takes effect with the next [`Mmu::select`].
     pub fn set_jump_mode(&mut self, mode: u32) {
         self.jump_mode = mode;

@@ -54,11 +54,38 @@ impl Hasher for KeyHasher {
 
 type Map<K, V> = HashMap<K, V, BuildHasherDefault<KeyHasher>>;
 
+/// Where the guest code of a block lies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Source {
+    /// Host address of the page on which it begins.
+    pub page: u64,
+    /// Host address of the page on which it ends, where that is another one.
+    pub second: Option<u64>,
+    /// Offset in the first page.
+    start: u32,
+    /// Bytes.
+    len: u32,
+}
+
+impl Source {
+    /// The code of a region on one or two pages.
+    pub fn new(region: &Region, page: u64, second: Option<u64>) -> Self {
+        let len = region.end.wrapping_sub(region.start) as u32;
+        Self { page, second, start: (region.start & 0xfff) as u32, len }
+    }
+
+    fn overlaps(&self, page: u64, bytes: &std::ops::Range<u32>) -> bool {
+        let end = self.start + self.len;
+        (page == self.page && self.start < bytes.end && end > bytes.start)
+            || (Some(page) == self.second && bytes.start + 4096 < end)
+    }
+}
+
 /// A translated region.
 struct Block {
     key: Key,
-    /// Offset of its guest code in the page, and its length.
-    guest: (u16, u16),
+    /// Its guest code.
+    guest: Source,
     /// Offset of its code.
     host: u32,
     marks: Box<[Mark]>,
@@ -166,9 +193,18 @@ impl Blocks {
         self.lifter.lift(va, bytes, mode)
     }
 
-    /// Translates a region on the page at host address `page`. `None`: no room; the caller calls
-    /// [`Blocks::clear`] and tries again.
-    pub fn translate(&mut self, region: &Region, page: u64, mode: CodeMode) -> Option<u32> {
+    /// The second page of a block's code, if it has one.
+    pub fn second_page(&self, block: u32) -> Option<u64> {
+        self.blocks[block as usize].guest.second
+    }
+
+    /// Lifts the one instruction at `va`, whose bytes lie on two pages.
+    pub fn lift_one(&mut self, va: u64, bytes: &[u8], mode: CodeMode) -> Option<Region> {
+        self.lifter.lift_one(va, bytes, mode)
+    }
+
+    /// Translates a region. `None`: no room; the caller calls [`Blocks::clear`] and tries again.
+    pub fn translate(&mut self, region: &Region, source: Source, mode: CodeMode) -> Option<u32> {
         let first_link = self.links.len() as u32;
         let offset = self.memory.used().next_multiple_of(16);
         let base = self.memory.rx_ptr() as u64 + offset as u64;
@@ -183,18 +219,20 @@ impl Blocks {
             guard: l.guard.map(absolute),
             to: None,
         }));
-        let key = Key { va: region.start, page, mode: mode.bits() };
+        let key = Key { va: region.start, page: source.page, mode: mode.bits() };
         let id = self.blocks.len() as u32;
         self.blocks.push(Block {
             key,
-            guest: ((region.start & 0xfff) as u16, region.end.wrapping_sub(region.start) as u16),
+            guest: source,
             host: offset as u32,
             marks: marks.into(),
             incoming: Vec::new(),
             alive: true,
         });
         self.by_key.insert(key, id);
-        self.by_page.entry(page).or_default().push(id);
+        for page in [Some(source.page), source.second].into_iter().flatten() {
+            self.by_page.entry(page).or_default().push(id);
+        }
         self.made += 1;
         self.made_instructions += region.nodes.len() as u64;
         Some(id)
@@ -242,8 +280,10 @@ impl Blocks {
         let before = list.len();
         list.retain(|&id| {
             let block = &mut self.blocks[id as usize];
-            let (start, len) = (u32::from(block.guest.0), u32::from(block.guest.1));
-            if start >= bytes.end || start + len <= bytes.start {
+            if !block.alive {
+                return false;
+            }
+            if !block.guest.overlaps(page, &bytes) {
                 return true;
             }
             block.alive = false;

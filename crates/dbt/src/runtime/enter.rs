@@ -35,6 +35,8 @@ pub unsafe extern "C" fn slow_access(cpu: u64, va: u64, kind: u64, pc: u64) -> u
     // SAFETY: the block is exclusively this thread's while generated code runs; the loop that entered generated code
     // holds no reference across the call.
     let cpu = unsafe { &mut *(cpu as *mut Cpu) };
+    // Generated code changes AC and the view with it; the MMU must know before it fills.
+    cpu.select_view();
     let size = (kind & 0xff) as usize;
     let access = if kind >> 8 & 1 != 0 { Access::Write } else { Access::Read };
     if cpu.is_canonical(va) && va.wrapping_add(size as u64 - 1) >= va {

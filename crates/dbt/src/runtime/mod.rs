@@ -1,6 +1,7 @@
 //! What runs guest code: the vCPU's loop, the store of translated regions, entry into generated code, host faults.
 
 pub mod blocks;
+mod check;
 pub mod engine;
 mod enter;
 mod fault;

@@ -11,7 +11,7 @@ use ruse_arch::{
 use ruse_engine::{Bus, EngineError, Halt, Vcpu, VcpuHandle};
 
 use super::{
-    blocks::Blocks,
+    blocks::{Blocks, Source},
     engine::{DbtOptions, Handle},
     enter, fault,
 };
@@ -19,6 +19,7 @@ use crate::{
     backend::x86_64::exit,
     cpu::{Cpu, CpuBox, Who, request},
     frontend::x86_64::{CodeMode, Lifter},
+    ir::Region,
     mmu::{
         access::Place,
         watch::{Note, Peer},
@@ -32,13 +33,15 @@ use crate::{
 
 /// A vCPU of the translator.
 pub struct DbtVcpu {
-    cpu: CpuBox,
-    blocks: Blocks,
+    pub(super) cpu: CpuBox,
+    pub(super) blocks: Blocks,
     handle: Arc<Handle>,
     peer: Arc<Peer>,
     options: DbtOptions,
     /// A link by which translated code left, to be resolved when its target is found.
     pending_link: Option<u32>,
+    /// What check mode found.
+    mismatch: Option<String>,
 }
 
 impl DbtVcpu {
@@ -54,7 +57,7 @@ impl DbtVcpu {
         let blocks = Blocks::new(enter::slow_access, lifter, avx)?;
         cpu.mmu.set_jump_miss(blocks.thunks().exit_at as *const u8);
         cpu.update_mode();
-        Ok(Self { cpu, blocks, handle, peer, options, pending_link: None })
+        Ok(Self { cpu, blocks, handle, peer, options, pending_link: None, mismatch: None })
     }
 
     /// The CPU.
@@ -96,6 +99,9 @@ impl DbtVcpu {
                 Some(event) => self.deliver(event),
                 None => self.execute().or_else(|e| self.deliver(Event::Exception(e))),
             };
+            if let Some(text) = self.mismatch.take() {
+                return Err(EngineError::Mismatch(text));
+            }
             if result.is_err() {
                 self.cpu.mp_state = MpState::Shutdown;
             }
@@ -194,6 +200,10 @@ impl DbtVcpu {
     /// Runs translated code where that is possible, else one instruction in tier 0.
     fn execute(&mut self) -> Result<(), Exception> {
         let Some(mode) = self.code_mode() else { return tier0::step(&mut self.cpu) };
+        if self.options.check {
+            self.mismatch = self.check(mode)?;
+            return Ok(());
+        }
         let Some(block) = self.find(mode)? else {
             self.pending_link = None;
             return tier0::step(&mut self.cpu);
@@ -228,24 +238,60 @@ impl DbtVcpu {
         let Place::Ram(host) = self.cpu.place(va, 1, Access::Fetch, Who::Current)? else { return Ok(None) };
         let page = host as u64 & !0xfff;
         if let Some(block) = self.blocks.find(va, page, mode) {
-            return Ok(Some(block));
+            return Ok(self.second_page_holds(block, va)?.then_some(block));
         }
         let started = Instant::now();
         let block = self.translate(va, host, page, mode);
         self.cpu.counters.translation_ns += started.elapsed().as_nanos() as u64;
-        Ok(block)
+        block
     }
 
-    fn translate(&mut self, va: u64, host: *const u8, page: u64, mode: CodeMode) -> Option<u32> {
+    /// Whether a block that reaches into a second page still finds the same page there.
+    fn second_page_holds(&mut self, block: u32, va: u64) -> Result<bool, Exception> {
+        let Some(page) = self.blocks.second_page(block) else { return Ok(true) };
+        if self.second_page(va)? == Some(page) {
+            return Ok(true);
+        }
+        self.blocks.invalidate(page, 0..4096);
+        self.cpu.mmu.flush_jumps();
+        Ok(false)
+    }
+
+    /// Host address of the page behind that of `va`, as code.
+    fn second_page(&mut self, va: u64) -> Result<Option<u64>, Exception> {
+        let place = self.cpu.place((va | 0xfff).wrapping_add(1), 1, Access::Fetch, Who::Current)?;
+        Ok(if let Place::Ram(host) = place { Some(host as u64) } else { None })
+    }
+
+    fn translate(
+        &mut self,
+        va: u64,
+        host: *const u8,
+        page: u64,
+        mode: CodeMode,
+    ) -> Result<Option<u32>, Exception> {
         self.guard_page(page);
         let mut bytes = [0; 4096];
-        let bytes = &mut bytes[..4096 - va as usize % 4096];
-        crate::mmu::access::load(host, bytes);
-        let region = self.blocks.lift(va, bytes, mode)?;
-        self.blocks.translate(&region, page, mode).or_else(|| {
+        let left = 4096 - va as usize % 4096;
+        crate::mmu::access::load(host, &mut bytes[..left]);
+        if let Some(region) = self.blocks.lift(va, &bytes[..left], mode) {
+            return Ok(self.store(&region, Source::new(&region, page, None), mode));
+        }
+        // The first instruction leaves the page: a block of its own. Its faults are tier 0's.
+        let Ok(Some(second)) = self.second_page(va) else { return Ok(None) };
+        self.guard_page(second);
+        let all = left + 15;
+        crate::mmu::access::load(second as *const u8, &mut bytes[left..all]);
+        let Some(region) = self.blocks.lift_one(va, &bytes[..all], mode) else { return Ok(None) };
+        Ok(self.store(&region, Source::new(&region, page, Some(second)), mode))
+    }
+
+    pub(super) fn store(&mut self, region: &Region, source: Source, mode: CodeMode) -> Option<u32> {
+        self.blocks.translate(region, source, mode).or_else(|| {
             self.clear_blocks();
-            self.guard_page(page);
-            self.blocks.translate(&region, page, mode)
+            self.guard_page(source.page);
+            source.second.inspect(|&page| self.guard_page(page));
+            self.blocks.translate(region, source, mode)
         })
     }
 
@@ -264,7 +310,7 @@ impl DbtVcpu {
     }
 
     /// No room is left: everything is translated anew.
-    fn clear_blocks(&mut self) {
+    pub(super) fn clear_blocks(&mut self) {
         for page in self.blocks.clear() {
             if let Some(gpa) = self.cpu.mmu.gpa_of_host(page) {
                 self.cpu.mmu.code.unwatch(gpa, self.cpu.id);
@@ -287,14 +333,16 @@ impl DbtVcpu {
         self.blocks.resolve(link, block, generation);
     }
 
-    fn enter(&mut self, block: u32, mode: CodeMode) {
+    pub(super) fn enter(&mut self, block: u32, mode: CodeMode) {
         let entry = self.blocks.entry(block);
         let cpu = &mut *self.cpu;
         cpu.mmu.set_jump_mode(mode.bits());
         cpu.select_view();
         cpu.kernel_generation = cpu.mmu.kernel_generation();
-        let va = cpu.rip;
-        cpu.mmu.fill_jump(va, entry);
+        if !self.options.check {
+            let va = cpu.rip;
+            cpu.mmu.fill_jump(va, entry);
+        }
         cpu.arith = cpu.rflags & rflags::ARITH | rflags::FIXED;
         cpu.fpu.header[0] = 7;
         cpu.counters.dispatches += 1;

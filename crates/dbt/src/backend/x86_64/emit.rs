@@ -18,6 +18,9 @@ use crate::{
     mmu::tlb::{JUMPS, Jump},
 };
 
+/// Bytes of the longest instruction (SDM volume 2, 2.3.11).
+const LONGEST: u64 = 15;
+
 /// A jump of a region to another one that can be made direct.
 #[derive(Clone, Copy, Debug)]
 pub struct Link {
@@ -188,17 +191,12 @@ impl<'a> Emitter<'a> {
             Op::PushFlags => self.push_flags(),
             Op::Leave => self.leave(),
             Op::SwapGs => self.swap_gs(),
-            Op::DisableInterrupts => {
-                // and dword [rflags], ~IF
-                self.asm.mem(&[], false, &[0x81], 4, block::RFLAGS);
-                self.asm.bytes(&(!rflags::IF as u32).to_le_bytes());
-                self.in_host = false;
-            }
-            Op::EnableInterrupts => {
-                // or dword [rflags], IF
-                self.asm.mem(&[], false, &[0x81], 1, block::RFLAGS);
-                self.asm.bytes(&(rflags::IF as u32).to_le_bytes());
-                self.in_host = false;
+            Op::DisableInterrupts => self.system_flag(rflags::IF, false),
+            Op::EnableInterrupts => self.system_flag(rflags::IF, true),
+            Op::UserAccess(allowed) => {
+                self.system_flag(rflags::AC, allowed);
+                self.asm.load(T0, block::kernel_tlb(allowed));
+                self.asm.store(block::TLB, T0);
             }
             Op::Branch { condition, target } => self.branch(node, condition as u8 - 1, target),
             Op::Jump { target } => {
@@ -391,6 +389,15 @@ impl<'a> Emitter<'a> {
         self.asm.mov(RBP, T1);
     }
 
+    /// Sets or clears a flag that is kept in the block. Destroys the host's flags.
+    fn system_flag(&mut self, flag: u64, on: bool) {
+        let (operation, mask) = if on { (1, flag as u32) } else { (4, !flag as u32) };
+        // or / and dword [rflags], mask
+        self.asm.mem(&[], false, &[0x81], operation, block::RFLAGS);
+        self.asm.bytes(&mask.to_le_bytes());
+        self.in_host = false;
+    }
+
     fn swap_gs(&mut self) {
         let base = block::segment_base(seg::GS);
         self.asm.load(T0, base);
@@ -416,7 +423,8 @@ impl<'a> Emitter<'a> {
     /// Leaves to a linear address that is known. The flags are in the block.
     fn exit_to(&mut self, target: u64) {
         let index = self.links.len();
-        let same_page = target >> 12 == self.start >> 12;
+        // An instruction that begins near the end of the page may depend on the next page's mapping.
+        let same_page = target >> 12 == self.start >> 12 && target & 0xfff <= 4096 - LONGEST;
         let guard = (!same_page).then(|| {
             let generation =
                 if target >> 63 != 0 { block::KERNEL_GENERATION } else { block::USER_GENERATION };

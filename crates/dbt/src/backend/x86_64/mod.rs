@@ -51,6 +51,9 @@ pub(crate) mod block {
     pub const ARITH: Mem = Mem::Block(offset_of!(Cpu, arith) as i32);
     pub const RFLAGS: Mem = Mem::Block(offset_of!(Cpu, rflags) as i32);
     pub const TLB: Mem = Mem::Block(offset_of!(Cpu, tlb) as i32);
+    pub fn kernel_tlb(ac: bool) -> Mem {
+        Mem::Block(offset_of!(Cpu, kernel_tlbs) as i32 + 8 * i32::from(ac))
+    }
     pub const JUMPS: Mem = Mem::Block(offset_of!(Cpu, jumps) as i32);
     pub const USER_GENERATION: Mem = Mem::Block(offset_of!(Cpu, user_generation) as i32);
     pub const KERNEL_GENERATION: Mem = Mem::Block(offset_of!(Cpu, kernel_generation) as i32);
