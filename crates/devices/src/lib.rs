@@ -2,12 +2,24 @@
 //!
 //! Devices never know which engine runs the CPUs.
 
+pub mod bus;
+pub mod debug_exit;
 pub mod device;
 pub mod fabric;
+#[cfg(test)]
+mod harness;
+pub mod i8042;
 pub mod interrupts;
 pub mod ioapic;
+mod lanes;
 pub mod lapic;
+pub mod pci;
 pub mod pic;
 pub mod pit;
+pub mod pm;
+pub mod post;
+pub mod reset;
+pub mod rtc;
+pub mod serial;
 
 pub use device::{Access, Device, Effects, Power};
