@@ -51,6 +51,8 @@ pub enum Op {
     EnableInterrupts,
     /// Sets or clears AC, which opens or closes user pages to the kernel (STAC, CLAC).
     UserAccess(bool),
+    /// Reads the time-stamp counter.
+    TimeStamp,
     /// Leaves to `target` if the condition holds.
     Branch {
         /// Condition on the flags.
@@ -98,6 +100,7 @@ impl Op {
             | Op::DisableInterrupts
             | Op::EnableInterrupts
             | Op::UserAccess(_)
+            | Op::TimeStamp
             | Op::Call { .. }
             | Op::JumpTo(_)
             | Op::CallTo(_)

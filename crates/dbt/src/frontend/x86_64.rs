@@ -30,6 +30,8 @@ pub struct CodeMode {
     pub sse: bool,
     /// AVX instructions do not fault.
     pub avx: bool,
+    /// RDTSC does not fault.
+    pub tsc: bool,
 }
 
 impl CodeMode {
@@ -39,6 +41,7 @@ impl CodeMode {
             | u32::from(self.x87) << 1
             | u32::from(self.sse) << 2
             | u32::from(self.avx) << 3
+            | u32::from(self.tsc) << 4
     }
 }
 
@@ -201,6 +204,7 @@ fn special(i: &Instruction, mode: CodeMode) -> Option<Op> {
         Code::Sti if mode.kernel => Op::EnableInterrupts,
         Code::Stac if mode.kernel => Op::UserAccess(true),
         Code::Clac if mode.kernel => Op::UserAccess(false),
+        Code::Rdtsc if mode.tsc => Op::TimeStamp,
         Code::Swapgs if mode.kernel => Op::SwapGs,
         Code::Lea_r64_m | Code::Lea_r32_m => Op::Address,
         Code::Lea_r16_m => Op::Interpret,
@@ -425,7 +429,7 @@ fn flags_read_at(at: u64, start: u64, page: &[u8]) -> u32 {
 mod tests {
     use super::*;
 
-    const KERNEL: CodeMode = CodeMode { kernel: true, x87: true, sse: true, avx: true };
+    const KERNEL: CodeMode = CodeMode { kernel: true, x87: true, sse: true, avx: true, tsc: true };
 
     fn lift(code: &[u8]) -> Region {
         Lifter::new(Box::new(|_| true)).lift(0x1000, code, KERNEL).unwrap()

@@ -37,7 +37,7 @@ impl DbtVcpu {
     pub(super) fn check(&mut self, mode: CodeMode) -> Result<Option<String>, Exception> {
         let insn = tier0::decode(&mut self.cpu)?;
         let Some((region, source)) = self.lift_for_check(mode)? else { return self.step() };
-        if region.nodes[0].op == Op::Interpret {
+        if matches!(region.nodes[0].op, Op::Interpret | Op::TimeStamp) {
             return self.step();
         }
         let windows = self.windows(&insn);
@@ -51,7 +51,7 @@ impl DbtVcpu {
         self.cpu.rip = if left_to_tier0 { before.rip } else { self.cpu.exit_value };
         let translated = capture(&mut self.cpu, &windows);
         if left_to_tier0 {
-            let difference = compare(&before, &translated, ARITH as u64);
+            let difference = compare(&before, &translated, rflags::ARITH);
             restore(&mut self.cpu, &before);
             tier0::step(&mut self.cpu)?;
             return Ok(difference.map(|d| report(&insn.i, "left to tier 0, but changed", &d)));

@@ -226,7 +226,9 @@ impl DbtVcpu {
         let x87 = cpu.paging.cr0 & (cr0::EM | cr0::TS) == 0;
         let sse = x87 && cpu.paging.cr4 & cr4::OSFXSR != 0;
         let avx = sse && cpu.paging.cr4 & cr4::OSXSAVE != 0 && cpu.xcr0 & 6 == 6;
-        Some(CodeMode { kernel: cpu.mode.cpl == 0, x87, sse, avx })
+        let kernel = cpu.mode.cpl == 0;
+        let tsc = kernel || cpu.paging.cr4 & cr4::TSD == 0;
+        Some(CodeMode { kernel, x87, sse, avx, tsc })
     }
 
     /// The block at RIP, translated if it is not there yet. `None`: tier 0 has to execute here.
@@ -419,7 +421,12 @@ impl Vcpu for DbtVcpu {
     fn run(&mut self, bus: &dyn Bus) -> Result<Halt, EngineError> {
         enter::set_gs(&self.cpu);
         fault::arm(&self.blocks.code_range(), self.blocks.thunks().exit_fault);
-        Cpu::attach(self, |this| &mut this.cpu, bus, Self::run_loop)
+        Cpu::attach(self, |this| &mut this.cpu, bus, |this| {
+            let result = this.run_loop();
+            // The host's x87 registers belong to this thread; whoever asks for the state may be another.
+            vector::spill_x87(&mut this.cpu);
+            result
+        })
     }
 
     fn handle(&self) -> Arc<dyn VcpuHandle> {
@@ -427,7 +434,6 @@ impl Vcpu for DbtVcpu {
     }
 
     fn state(&mut self) -> Result<VcpuState, EngineError> {
-        vector::spill_x87(&mut self.cpu);
         Ok(self.cpu.save_state())
     }
 

@@ -198,6 +198,7 @@ impl<'a> Emitter<'a> {
                 self.asm.load(T0, block::kernel_tlb(allowed));
                 self.asm.store(block::TLB, T0);
             }
+            Op::TimeStamp => self.time_stamp(),
             Op::Branch { condition, target } => self.branch(node, condition as u8 - 1, target),
             Op::Jump { target } => {
                 self.spill_flags(node.live_at_exit);
@@ -395,6 +396,19 @@ impl<'a> Emitter<'a> {
         // or / and dword [rflags], mask
         self.asm.mem(&[], false, &[0x81], operation, block::RFLAGS);
         self.asm.bytes(&mask.to_le_bytes());
+        self.in_host = false;
+    }
+
+    /// The guest's counter is the host's plus offsets.
+    fn time_stamp(&mut self) {
+        self.asm.bytes(&[0x0f, 0x31]); // rdtsc
+        self.asm.bytes(&[0x48, 0xc1, 0xe2, 32]); // shl rdx, 32
+        self.asm.bytes(&[0x48, 0x09, 0xd0]); // or rax, rdx
+        self.asm.mem(&[], true, &[0x03], 0, block::TSC_OFFSET); // add rax, [offset]
+        self.asm.mem(&[], true, &[0x03], 0, block::TSC_ADJUST);
+        self.asm.mov(2, 0);
+        self.asm.bytes(&[0x48, 0xc1, 0xea, 32]); // shr rdx, 32
+        self.asm.bytes(&[0x89, 0xc0]); // mov eax, eax
         self.in_host = false;
     }
 

@@ -66,6 +66,8 @@ pub(crate) mod block {
     pub const HOST_RSP: Mem = Mem::Block(offset_of!(Cpu, host_rsp) as i32);
     pub const HOST_MXCSR: Mem = Mem::Block(offset_of!(Cpu, host_mxcsr) as i32);
     pub const KERNEL_GS_BASE: Mem = Mem::Block(offset_of!(Cpu, kernel_gs_base) as i32);
+    pub const TSC_OFFSET: Mem = Mem::Block(offset_of!(Cpu, tsc_offset) as i32);
+    pub const TSC_ADJUST: Mem = Mem::Block(offset_of!(Cpu, tsc_adjust) as i32);
     pub const FPU: i32 = offset_of!(Cpu, fpu) as i32;
 }
 
