@@ -6,6 +6,7 @@
 pub mod backend;
 pub mod code_memory;
 pub mod cpu;
+pub mod cpuid;
 pub mod frontend;
 pub mod ir;
 pub mod mmu;

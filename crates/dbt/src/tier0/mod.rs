@@ -1,13 +1,24 @@
 //! Tier 0: a complete, plain executor of single instructions. It runs 16-bit and rare code, steps, is the oracle of the
 //! translator, and finishes instructions that hardware assistance gave up on.
 
+mod control;
+pub mod debug;
+mod far;
 mod features;
 mod fetch;
+mod info;
 mod integer;
+pub mod interrupt;
+mod io;
+mod iret;
+mod msr;
 pub mod operand;
 mod segment;
 mod stack;
+mod syscall;
 mod system;
+mod table;
+mod task;
 #[cfg(test)]
 pub(crate) mod testing;
 mod vector;

@@ -1,11 +1,34 @@
-//! Instructions of the system group.
+//! The system instructions, by subject.
 
 use ruse_arch::Exception;
 
-use super::Insn;
+use super::{Insn, control, debug, far, info, interrupt, io, iret, msr, segment, syscall, table};
 use crate::cpu::Cpu;
 
+/// A module's executor: `Ok(false)` if the instruction is none of its own.
+type Group = fn(&mut Cpu, &Insn) -> Result<bool, Exception>;
+
+/// The modules, those with frequent instructions first.
+const GROUPS: [Group; 11] = [
+    io::execute,
+    control::execute,
+    info::execute,
+    msr::execute,
+    syscall::execute,
+    segment::execute,
+    iret::execute,
+    interrupt::execute,
+    far::execute,
+    debug::execute,
+    table::execute,
+];
+
 /// Executes an instruction of this group; `false` if it is none.
-pub(super) fn execute(_cpu: &mut Cpu, _insn: &Insn) -> Result<bool, Exception> {
+pub(super) fn execute(cpu: &mut Cpu, insn: &Insn) -> Result<bool, Exception> {
+    for group in GROUPS {
+        if group(cpu, insn)? {
+            return Ok(true);
+        }
+    }
     Ok(false)
 }
