@@ -1,6 +1,6 @@
 //! Makes host code of a region.
 
-use iced_x86::{Encoder, InstructionInfoFactory};
+use iced_x86::{Encoder, InstructionInfoFactory, RflagsBits};
 use ruse_arch::{flags::rflags, state::seg};
 
 use super::{
@@ -240,14 +240,14 @@ impl<'a> Emitter<'a> {
             self.in_host = false;
         }
         // A partial change of flags that are alive needs the others beside it.
-        let merges = node.writes && node.live_out & !node.kills != 0;
-        if node.reads != 0 || merges {
-            self.restore_flags();
-        }
+        let merged = if node.writes { node.live_out & !node.kills } else { 0 };
+        let complete = self.restore_flags(node.reads | merged);
         self.host_insn(&node.insn, mem.is_some())?;
         if node.writes {
             self.in_host = true;
             self.in_block = false;
+        } else {
+            self.in_host &= complete;
         }
         Ok(())
     }
@@ -261,13 +261,27 @@ impl<'a> Emitter<'a> {
         }
     }
 
-    /// Puts the flags into the host's flags.
-    fn restore_flags(&mut self) {
-        if !self.in_host {
-            self.asm.mem(&[], false, &[0xff], 6, block::ARITH); // push [arith]
-            self.asm.bytes(&[0x9d]); // popfq
-            self.in_host = true;
+    /// Puts the flags `needed` into the host's flags. Says whether all of them are there now.
+    fn restore_flags(&mut self, needed: u32) -> bool {
+        if self.in_host || needed == 0 {
+            return self.in_host;
         }
+        if needed == RflagsBits::CF {
+            self.asm.mem(&[], false, &[0x0f, 0xba], 4, block::ARITH); // bt dword [arith], 0
+            self.asm.bytes(&[0]);
+            return false;
+        }
+        // POPFQ takes some twenty cycles; SAHF sets all but OF, which an addition sets before.
+        const RAX: u8 = 0;
+        self.asm.mov(T1, RAX);
+        self.asm.mem(&[], false, &[0x8b], RAX, block::ARITH); // mov eax, [arith]
+        self.asm.bytes(&[0x86, 0xe0]); // xchg al, ah
+        self.asm.bytes(&[0x24, 0x08]); // and al, OF >> 8
+        self.asm.bytes(&[0x04, 0x78]); // add al, 80h - (OF >> 8)
+        self.asm.bytes(&[0x9e]); // sahf
+        self.asm.mov(RAX, T1);
+        self.in_host = true;
+        true
     }
 
     fn load_x87(&mut self) {
@@ -421,10 +435,11 @@ impl<'a> Emitter<'a> {
     }
 
     fn branch(&mut self, node: &Node, condition: u8, target: u64) {
-        self.restore_flags();
+        let complete = self.restore_flags(node.reads);
         let branch = self.asm.jcc(condition, 0);
         let save_flags = node.live_at_exit != 0 && !self.in_block;
         self.stubs.push(Stub { branch, kind: StubKind::Exit { target, save_flags } });
+        self.in_host &= complete;
     }
 
     /// Leaves to tier 0 at the linear address `at`.
