@@ -1,0 +1,234 @@
+//! The board: devices, interrupt chips, clock and alarm, and how the side effects of an access reach the vCPUs.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, OnceLock};
+
+use ruse_devices::interrupts::{CpuLine, CpuSignal, Interrupts, SignalKind};
+use ruse_devices::serial::Serial;
+use ruse_devices::{Access, Device, Effects};
+use ruse_engine::{Clock, VcpuHandle};
+
+use crate::alarm::Alarm;
+use crate::lifecycle::Lifecycle;
+use crate::platform::{Platform, lock, number};
+use crate::wires::Wires;
+
+/// The alarm's slot of the local APICs' timers.
+const LAPIC_SLOT: usize = number::COUNT;
+/// The alarm's slot of serial output that waits to be written.
+pub(crate) const OUTPUT_SLOT: usize = number::COUNT + 1;
+/// Slots of the alarm.
+pub(crate) const SLOTS: usize = number::COUNT + 2;
+/// The driver of an interrupt line that is no device of the platform: the CPUs' x87 error line.
+pub(crate) const X87_DRIVER: usize = number::COUNT;
+/// Interrupt line of the x87 error.
+pub(crate) const X87_LINE: u8 = 13;
+/// Serial output waits so long for more, in nanoseconds: one write for many bytes, and nobody sees the delay.
+const OUTPUT_DELAY: u64 = 300_000;
+
+/// The interrupt chips and the wires to them.
+struct Chips {
+    interrupts: Interrupts,
+    wires: Wires,
+}
+
+/// Everything of a machine but its vCPUs and threads.
+pub(crate) struct Board {
+    pub(crate) clock: Arc<Clock>,
+    pub(crate) alarm: Alarm,
+    pub(crate) platform: Platform,
+    pub(crate) lifecycle: Arc<Lifecycle>,
+    chips: Mutex<Chips>,
+    lines: Vec<Arc<CpuLine>>,
+    handles: OnceLock<Vec<Arc<dyn VcpuHandle>>>,
+    /// The I/O thread holds input back for lack of room in COM1.
+    input_waits: AtomicBool,
+}
+
+impl Board {
+    /// A board for `cpus` vCPUs, whose handles come later ([`Board::connect`]).
+    pub(crate) fn new(
+        cpus: u32,
+        clock: Arc<Clock>,
+        platform: Platform,
+        lifecycle: Arc<Lifecycle>,
+    ) -> std::io::Result<Self> {
+        let mut interrupts = Interrupts::new(cpus, clock.tsc_hz());
+        interrupts.virtual_wire();
+        let lines = (0..cpus).filter_map(|cpu| interrupts.cpu_line(cpu)).collect();
+        Ok(Self {
+            alarm: Alarm::new(clock.clone(), SLOTS)?,
+            clock,
+            platform,
+            lifecycle,
+            chips: Mutex::new(Chips { interrupts, wires: Wires::default() }),
+            lines,
+            handles: OnceLock::new(),
+            input_waits: AtomicBool::new(false),
+        })
+    }
+
+    /// Gives the board the handles of its vCPUs, in order.
+    pub(crate) fn connect(&self, handles: Vec<Arc<dyn VcpuHandle>>) {
+        if self.handles.set(handles).is_err() {
+            tracing::error!("the board is connected already");
+        }
+    }
+
+    /// The line of a vCPU.
+    pub(crate) fn line(&self, vcpu: u32) -> Option<&CpuLine> {
+        self.lines.get(vcpu as usize).map(|line| &**line)
+    }
+
+    /// Makes all vCPUs leave `run`.
+    pub(crate) fn kick_all(&self) {
+        self.handles.get().into_iter().flatten().for_each(|handle| handle.kick());
+    }
+
+    /// Accesses a device and carries out its side effects. `vcpu` is who makes the access, if it is one.
+    pub(crate) fn access(
+        &self,
+        device: usize,
+        vcpu: Option<u32>,
+        access: impl FnOnce(&mut dyn Device, &mut Access),
+    ) {
+        let mut effects = Effects::default();
+        let now = self.clock.now_ns();
+        let signals = self.platform.with(device, |target| {
+            access(target, &mut Access { now, effects: &mut effects });
+            self.settle(device, target, &effects)
+        });
+        self.carry_out(signals.unwrap_or_default());
+        if let Some(power) = effects.power {
+            self.lifecycle.power(power, vcpu);
+            self.kick_all();
+        }
+        if device < number::PIT {
+            self.serial_accessed(device, now);
+        }
+    }
+
+    /// Accesses a serial port from the line's side.
+    pub(crate) fn with_serial<R>(
+        &self,
+        port: usize,
+        call: impl FnOnce(&mut Serial, &mut Access) -> R,
+    ) -> Option<R> {
+        let mut effects = Effects::default();
+        let (result, signals) = {
+            let mut serial = self.platform.serial(port)?;
+            let mut access = Access { now: self.clock.now_ns(), effects: &mut effects };
+            let result = call(&mut serial, &mut access);
+            (result, self.settle(number::SERIAL + port, &*serial, &effects))
+        };
+        self.carry_out(signals);
+        Some(result)
+    }
+
+    /// Presses the power button.
+    pub(crate) fn press_power_button(&self) {
+        let mut effects = Effects::default();
+        let signals = {
+            let mut pm = self.platform.pm();
+            pm.press_power_button(&mut Access { now: self.clock.now_ns(), effects: &mut effects });
+            self.settle(number::PM, &*pm, &effects)
+        };
+        self.carry_out(signals);
+    }
+
+    /// After a change of a device, still under its lock: notes its deadline and drives its interrupt lines, so that
+    /// levels arrive in the order in which the device gave them. The chips' lock is taken inside; nothing is taken
+    /// inside that. What the vCPUs have to be told is returned.
+    fn settle<D: Device + ?Sized>(&self, number: usize, device: &D, effects: &Effects) -> Vec<CpuSignal> {
+        self.alarm.set(number, device.deadline());
+        if effects.lines.is_empty() { Vec::new() } else { self.drive(number, &effects.lines) }
+    }
+
+    fn drive(&self, driver: usize, lines: &[(u8, bool)]) -> Vec<CpuSignal> {
+        let mut chips = lock(&self.chips);
+        for &(gsi, level) in lines {
+            if let Some(level) = chips.wires.drive(driver, gsi, level) {
+                chips.interrupts.set_line(gsi, level);
+            }
+        }
+        chips.interrupts.take_signals()
+    }
+
+    /// Drives a line that is not a device's.
+    pub(crate) fn drive_line(&self, driver: usize, gsi: u8, level: bool) {
+        let signals = self.drive(driver, &[(gsi, level)]);
+        self.carry_out(signals);
+    }
+
+    /// Calls the interrupt chips at the present time and carries out what they ask for.
+    pub(crate) fn interrupts<R>(&self, call: impl FnOnce(&mut Interrupts, u64) -> R) -> R {
+        let (result, signals) = {
+            let mut chips = lock(&self.chips);
+            let result = call(&mut chips.interrupts, self.clock.now_ns());
+            self.alarm.set(LAPIC_SLOT, chips.interrupts.deadline());
+            (result, chips.interrupts.take_signals())
+        };
+        self.carry_out(signals);
+        result
+    }
+
+    fn carry_out(&self, signals: Vec<CpuSignal>) {
+        let Some(handles) = self.handles.get() else { return };
+        for signal in signals {
+            let Some(handle) = handles.get(signal.cpu as usize) else { continue };
+            match signal.kind {
+                SignalKind::Interrupt => handle.notify_interrupt(),
+                SignalKind::Nmi => handle.nmi(),
+                SignalKind::Init => handle.init(),
+                SignalKind::Sipi(vector) => handle.sipi(vector),
+            }
+        }
+    }
+
+    /// The guest has accessed a serial port: there may be output to write, or room for input.
+    fn serial_accessed(&self, port: usize, now: u64) {
+        let Some((output, space)) = self.platform.serial(port).map(|s| (s.has_output(), s.input_space()))
+        else {
+            return;
+        };
+        if output {
+            self.alarm.bring_forward(OUTPUT_SLOT, now.saturating_add(OUTPUT_DELAY));
+        }
+        if port == 0 && space > 0 && self.input_waits.load(Ordering::Acquire) {
+            self.input_waits.store(false, Ordering::Release);
+            self.lifecycle.wake_io();
+        }
+    }
+
+    /// The I/O thread says whether it holds input back. After saying so it looks at the room once more.
+    pub(crate) fn set_input_waits(&self, waits: bool) {
+        self.input_waits.store(waits, Ordering::SeqCst);
+    }
+
+    /// Ticks everything whose time has come.
+    pub(crate) fn tick(&self) {
+        let now = self.clock.now_ns();
+        for device in 0..number::COUNT {
+            if self.alarm.is_due(device, now) {
+                self.access(device, None, |target, access| target.tick(access));
+            }
+        }
+        if self.alarm.is_due(LAPIC_SLOT, now) {
+            self.interrupts(|interrupts, now| interrupts.tick(now));
+        }
+    }
+
+    /// Everything back to the state after power-up, as firmware leaves it. No vCPU may run.
+    pub(crate) fn reset(&self) {
+        for device in 0..number::COUNT {
+            self.access(device, None, |target, access| target.reset(access));
+        }
+        self.drive_line(X87_DRIVER, X87_LINE, false);
+        self.interrupts(|interrupts, _| {
+            interrupts.reset();
+            interrupts.virtual_wire();
+            // Nobody is there to hear of what the old system left.
+            interrupts.take_signals();
+        });
+    }
+}

@@ -1,0 +1,316 @@
+//! What a machine is made of, as plain data: parsed by whoever has the words, validated here, saved as it is.
+
+mod size;
+mod topology;
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+pub use size::{SizeError, format_size, parse_size};
+pub use topology::{Topology, TopologyError};
+
+use crate::cpuid::CpuModel;
+
+/// Least RAM of a machine in bytes.
+pub const MIN_MEMORY: u64 = 16 << 20;
+/// Most vCPUs of a machine.
+pub const MAX_CPUS: u32 = 64;
+/// RAM of a machine for which nothing is said.
+pub const DEFAULT_MEMORY: u64 = 512 << 20;
+
+/// Which engine runs the vCPUs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Accel {
+    /// The one that suits this host best.
+    #[default]
+    Auto,
+    /// Hardware assistance through /dev/kvm.
+    Kvm,
+    /// Dynamic binary translation.
+    Dbt,
+}
+
+impl std::str::FromStr for Accel {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            "kvm" => Ok(Self::Kvm),
+            "dbt" => Ok(Self::Dbt),
+            _ => Err("expected auto, kvm or dbt".into()),
+        }
+    }
+}
+
+/// Where the first serial port leads. The others lead nowhere.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SerialMode {
+    /// The standard input and output of the program.
+    #[default]
+    Stdio,
+    /// Nowhere.
+    Null,
+    /// Output to this file, no input.
+    File(PathBuf),
+}
+
+impl std::str::FromStr for SerialMode {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match (text, text.strip_prefix("file=")) {
+            ("stdio", _) => Ok(Self::Stdio),
+            ("null", _) => Ok(Self::Null),
+            (_, Some(path)) if !path.is_empty() => Ok(Self::File(path.into())),
+            _ => Err("expected stdio, null or file=PATH".into()),
+        }
+    }
+}
+
+/// A machine.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MachineConfig {
+    /// Name for messages and threads.
+    pub name: String,
+    /// RAM in bytes.
+    pub memory: u64,
+    /// vCPUs.
+    pub cpus: Topology,
+    /// What CPUID tells.
+    pub cpu: CpuModel,
+    /// The kernel to boot.
+    pub kernel: PathBuf,
+    /// Its initial RAM disk, or modules as `PATH[ ARGUMENTS][,...]`.
+    pub initrd: Option<PathBuf>,
+    /// Its command line.
+    pub cmdline: String,
+    /// Where COM1 leads.
+    pub serial: SerialMode,
+    /// Whether there is a debug-exit port.
+    pub debug_exit: bool,
+    /// Which engine runs it.
+    pub accel: Accel,
+    /// Executor of the translator that is forced: 0 interprets, 1 translates.
+    pub tier: Option<u8>,
+    /// Run both executors of the translator in lock-step and compare.
+    pub check: bool,
+}
+
+impl MachineConfig {
+    /// A machine that boots `kernel`, with the default of everything else.
+    pub fn new(kernel: impl Into<PathBuf>) -> Self {
+        Self {
+            name: "ruse".into(),
+            memory: DEFAULT_MEMORY,
+            cpus: Topology::default(),
+            cpu: CpuModel::default(),
+            kernel: kernel.into(),
+            initrd: None,
+            cmdline: String::new(),
+            serial: SerialMode::default(),
+            debug_exit: false,
+            accel: Accel::default(),
+            tier: None,
+            check: false,
+        }
+    }
+
+    /// Says what is impossible about the machine on a host with `host_memory` bytes of RAM.
+    pub fn validate(&self, host_memory: u64) -> Result<(), ConfigError> {
+        if self.name.is_empty() || self.name.len() > 64 || self.name.chars().any(char::is_control) {
+            return Err(ConfigError::Name);
+        }
+        self.validate_memory(host_memory)?;
+        let cpus = self.cpus.count();
+        if cpus == 0 {
+            return Err(ConfigError::NoCpus);
+        }
+        if cpus > u64::from(MAX_CPUS) {
+            return Err(ConfigError::TooManyCpus { asked: cpus, max: MAX_CPUS });
+        }
+        let Topology { sockets, cores, threads } = self.cpus;
+        let odd_cores = sockets > 1 && !cores.is_power_of_two();
+        let odd_threads = (sockets > 1 || cores > 1) && !threads.is_power_of_two();
+        if odd_cores || odd_threads {
+            return Err(ConfigError::OddTopology);
+        }
+        self.validate_translator()
+    }
+
+    fn validate_memory(&self, host_memory: u64) -> Result<(), ConfigError> {
+        let asked = self.memory;
+        if asked < MIN_MEMORY {
+            return Err(ConfigError::TooLittleMemory { asked });
+        }
+        if !asked.is_multiple_of(ruse_memory::PAGE_SIZE) {
+            return Err(ConfigError::OddMemory { asked });
+        }
+        if asked > ruse_memory::MAX_RAM {
+            return Err(ConfigError::TooMuchMemory { asked });
+        }
+        if asked > host_memory {
+            return Err(ConfigError::MoreThanHost { asked, host: host_memory });
+        }
+        Ok(())
+    }
+
+    fn validate_translator(&self) -> Result<(), ConfigError> {
+        if self.tier.is_some_and(|tier| tier > 1) {
+            return Err(ConfigError::Tier);
+        }
+        if self.check && self.tier.is_some() {
+            return Err(ConfigError::Contradiction {
+                one: "--check",
+                other: "--tier",
+                why: "the check runs both tiers",
+            });
+        }
+        let option = match (self.tier, self.check) {
+            (Some(_), _) => "--tier",
+            (None, true) => "--check",
+            (None, false) => return Ok(()),
+        };
+        if self.accel == Accel::Kvm {
+            return Err(ConfigError::Contradiction {
+                one: option,
+                other: "--accel kvm",
+                why: "only the translator has tiers",
+            });
+        }
+        Ok(())
+    }
+}
+
+/// What is impossible about a [`MachineConfig`]. Each names the option of the `ruse` program that sets it.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ConfigError {
+    /// A name that is no name.
+    #[error("--name: expected 1 to 64 printable characters")]
+    Name,
+    /// Less RAM than any guest can do with.
+    #[error("--memory: {} is too little, the least is {}", format_size(*.asked), format_size(MIN_MEMORY))]
+    TooLittleMemory {
+        /// Bytes asked for.
+        asked: u64,
+    },
+    /// RAM that is not whole pages.
+    #[error("--memory: {asked} bytes are not a whole number of 4 KiB pages")]
+    OddMemory {
+        /// Bytes asked for.
+        asked: u64,
+    },
+    /// More RAM than guest physical addresses have room for.
+    #[error("--memory: {} is too much, the most is {}", format_size(*.asked), format_size(ruse_memory::MAX_RAM))]
+    TooMuchMemory {
+        /// Bytes asked for.
+        asked: u64,
+    },
+    /// More RAM than the host has.
+    #[error("--memory: {} is too much, this host has {}", format_size(*.asked), format_size(*.host))]
+    MoreThanHost {
+        /// Bytes asked for.
+        asked: u64,
+        /// Bytes of RAM of the host.
+        host: u64,
+    },
+    /// No vCPU.
+    #[error("--cpus: a machine has at least one CPU")]
+    NoCpus,
+    /// More vCPUs than possible.
+    #[error("--cpus: {asked} CPUs are too many, the most is {max}")]
+    TooManyCpus {
+        /// vCPUs asked for.
+        asked: u64,
+        /// The most.
+        max: u32,
+    },
+    /// A topology that APIC IDs without gaps cannot express.
+    #[error("--cpus: cores of several sockets, and threads of several cores, must be a power of two")]
+    OddTopology,
+    /// A tier that does not exist.
+    #[error("--tier: expected 0 or 1")]
+    Tier,
+    /// Two options that do not go together.
+    #[error("{one} and {other} contradict each other: {why}")]
+    Contradiction {
+        /// An option.
+        one: &'static str,
+        /// Another.
+        other: &'static str,
+        /// The reason.
+        why: &'static str,
+    },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HOST: u64 = 64 << 30;
+
+    fn with(change: impl FnOnce(&mut MachineConfig)) -> Result<(), ConfigError> {
+        let mut config = MachineConfig::new("vmlinuz");
+        change(&mut config);
+        config.validate(HOST)
+    }
+
+    #[test]
+    fn the_default_is_valid() {
+        with(|_| {}).unwrap();
+        let config = MachineConfig::new("vmlinuz");
+        let saved = serde_json::to_string(&config).unwrap();
+        assert_eq!(serde_json::from_str::<MachineConfig>(&saved).unwrap(), config);
+    }
+
+    #[test]
+    fn memory_has_limits() {
+        for (bytes, option) in [
+            (0, "too little"),
+            (MIN_MEMORY - 4096, "too little"),
+            (MIN_MEMORY + 1, "whole number"),
+            (HOST + 4096, "this host has 64 GiB"),
+            (ruse_memory::MAX_RAM + 4096, "the most is 1 TiB"),
+            (u64::MAX & !4095, "the most is 1 TiB"),
+        ] {
+            let error = with(|c| c.memory = bytes).unwrap_err().to_string();
+            assert!(error.starts_with("--memory: ") && error.contains(option), "{error}");
+        }
+        with(|c| c.memory = MIN_MEMORY).unwrap();
+    }
+
+    #[test]
+    fn cpus_have_limits() {
+        assert_eq!(with(|c| c.cpus = Topology::flat(0)), Err(ConfigError::NoCpus));
+        with(|c| c.cpus = Topology::flat(MAX_CPUS)).unwrap();
+        assert!(with(|c| c.cpus = Topology::flat(1000)).is_err());
+        let huge = Topology { sockets: u32::MAX, cores: u32::MAX, threads: u32::MAX };
+        assert!(matches!(with(|c| c.cpus = huge), Err(ConfigError::TooManyCpus { .. })));
+        with(|c| c.cpus = Topology::flat(3)).unwrap();
+        let odd = Topology { sockets: 2, cores: 3, threads: 1 };
+        assert_eq!(with(|c| c.cpus = odd), Err(ConfigError::OddTopology));
+    }
+
+    #[test]
+    fn contradictions_are_named() {
+        let both = with(|c| (c.tier, c.check) = (Some(0), true)).unwrap_err().to_string();
+        assert!(both.contains("--check and --tier"), "{both}");
+        let kvm = with(|c| (c.tier, c.accel) = (Some(0), Accel::Kvm)).unwrap_err().to_string();
+        assert!(kvm.contains("--accel kvm"), "{kvm}");
+        assert_eq!(with(|c| c.tier = Some(2)), Err(ConfigError::Tier));
+        assert_eq!(with(|c| c.name.clear()), Err(ConfigError::Name));
+    }
+
+    #[test]
+    fn words_are_understood() {
+        assert_eq!("file=/tmp/x".parse(), Ok(SerialMode::File("/tmp/x".into())));
+        assert_eq!("null".parse(), Ok(SerialMode::Null));
+        assert!("file=".parse::<SerialMode>().is_err());
+        assert!("tty".parse::<SerialMode>().is_err());
+        assert_eq!("dbt".parse(), Ok(Accel::Dbt));
+        assert!("DBT".parse::<Accel>().is_err());
+    }
+}

@@ -1,0 +1,293 @@
+//! Assembles a machine from its configuration, and what can be done with it while it runs.
+
+use std::io;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use ruse_arch::VcpuState;
+use ruse_devices::bus::MapError;
+use ruse_devices::lapic::TIMER_HZ;
+use ruse_devices::rtc::{Rtc, RtcConfig};
+use ruse_engine::{Clock, Engine, EngineError, Vcpu};
+use ruse_loader::{AcpiConfig, EntryChoice, Image, LoadError, LoadRequest, Module};
+use ruse_memory::{GuestRam, LOW_RAM_END, MemoryError};
+
+use crate::board::Board;
+use crate::config::{ConfigError, MachineConfig};
+use crate::console::Console;
+use crate::cpuid::CpuidPlan;
+use crate::doctor::ChoiceError;
+use crate::host::host_memory;
+use crate::io_thread::IoThread;
+use crate::lifecycle::{Lifecycle, Phase};
+use crate::platform::Platform;
+use crate::report::{MachineInfo, Outcome};
+use crate::threads::{VcpuThread, start_state};
+
+/// Why there is no machine.
+#[derive(Debug, thiserror::Error)]
+pub enum MachineError {
+    /// The configuration is impossible.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The engine cannot be had.
+    #[error(transparent)]
+    Choice(#[from] ChoiceError),
+    /// The guest cannot be loaded.
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    /// The guest's RAM cannot be had.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// The engine failed.
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+    /// Two devices are at one address; a bug.
+    #[error(transparent)]
+    Map(#[from] MapError),
+    /// The host refused something.
+    #[error("{what}: {source}")]
+    Host {
+        /// What was tried.
+        what: &'static str,
+        /// The host's answer.
+        source: io::Error,
+    },
+}
+
+impl MachineError {
+    /// Whether the user can mend it by other input; else the host or Ruse is at fault.
+    pub fn is_bad_input(&self) -> bool {
+        match self {
+            Self::Config(_) | Self::Choice(_) => true,
+            Self::Load(error) => !matches!(error, LoadError::Memory(_)),
+            Self::Memory(_) | Self::Engine(_) | Self::Map(_) | Self::Host { .. } => false,
+        }
+    }
+
+    fn host(what: &'static str) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self::Host { what, source }
+    }
+}
+
+/// A guest's files and where they are loaded; serves the start and every reset.
+struct Boot {
+    kernel: Image,
+    modules: Vec<Module>,
+    cmdline: String,
+    acpi: AcpiConfig,
+    ram: GuestRam,
+}
+
+impl Boot {
+    fn open(config: &MachineConfig, ram: GuestRam) -> Result<Self, LoadError> {
+        let modules = match &config.initrd {
+            Some(path) => Module::open_list(&path.to_string_lossy())?,
+            None => Vec::new(),
+        };
+        Ok(Self {
+            kernel: Image::open(&config.kernel)?,
+            modules,
+            cmdline: config.cmdline.clone(),
+            acpi: acpi_config(config),
+            ram,
+        })
+    }
+
+    fn load(&self) -> Result<VcpuState, LoadError> {
+        let request = LoadRequest {
+            kernel: &self.kernel,
+            modules: &self.modules,
+            cmdline: &self.cmdline,
+            acpi: Some(&self.acpi),
+            entry: EntryChoice::Auto,
+        };
+        Ok(ruse_loader::load(&request, &self.ram)?.entry)
+    }
+}
+
+fn acpi_config(config: &MachineConfig) -> AcpiConfig {
+    AcpiConfig::new(config.cpus.count() as u32)
+}
+
+/// A machine with its guest in RAM, but without CPUs.
+pub struct Machine {
+    config: MachineConfig,
+    ram: GuestRam,
+    boot: Boot,
+    entry: VcpuState,
+}
+
+impl Machine {
+    /// Checks a configuration, makes the RAM and loads the guest.
+    pub fn load(config: MachineConfig) -> Result<Self, MachineError> {
+        config.validate(host_memory())?;
+        // Before RAM, so that a wrong path costs nothing.
+        Image::open(&config.kernel)?;
+        let ram = GuestRam::new(config.memory)?;
+        let boot = Boot::open(&config, ram.clone())?;
+        let entry = boot.load()?;
+        Ok(Self { config, ram, boot, entry })
+    }
+
+    /// Makes the vCPUs with `engine` and starts everything.
+    pub fn start(self, engine: &dyn Engine, console: Console) -> Result<RunningMachine, MachineError> {
+        let (asked, max) = (self.config.cpus.count(), engine.capabilities().max_vcpus);
+        if asked > u64::from(max) {
+            return Err(ConfigError::TooManyCpus { asked, max }.into());
+        }
+        let cpus = asked as u32;
+        let clock = Arc::new(Clock::start());
+        let lifecycle = Arc::new(Lifecycle::new(cpus).map_err(MachineError::host("cannot make an eventfd"))?);
+        let platform = Platform::new(Rtc::new(self.rtc_config()), self.config.debug_exit)?;
+        let board = Board::new(cpus, clock.clone(), platform, lifecycle)
+            .map_err(MachineError::host("cannot make a timer"))?;
+        let board = Arc::new(board);
+        let vcpus = self.create_vcpus(engine, cpus, &clock)?;
+        board.connect(vcpus.iter().map(|vcpu| vcpu.handle()).collect());
+        self.spawn(engine.name(), board, vcpus, console)
+    }
+
+    fn rtc_config(&self) -> RtcConfig {
+        let unix = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let low = self.config.memory.min(LOW_RAM_END);
+        RtcConfig {
+            unix_seconds: unix.as_secs() as i64,
+            low_memory: low,
+            high_memory: self.config.memory - low,
+        }
+    }
+
+    fn create_vcpus(
+        &self,
+        engine: &dyn Engine,
+        cpus: u32,
+        clock: &Arc<Clock>,
+    ) -> Result<Vec<Box<dyn Vcpu>>, MachineError> {
+        let config = &self.config;
+        let plan =
+            CpuidPlan::new(engine.supported_cpuid(), config.cpu, config.cpus, clock.tsc_hz(), TIMER_HZ);
+        let vm = engine.create_vm(self.ram.clone(), clock.clone())?;
+        (0..cpus).map(|id| Ok(vm.create_vcpu(id, plan.table(id))?)).collect()
+    }
+
+    /// Starts the threads. If one cannot be started, those that run are ended.
+    fn spawn(
+        self,
+        engine: &'static str,
+        board: Arc<Board>,
+        vcpus: Vec<Box<dyn Vcpu>>,
+        console: Console,
+    ) -> Result<RunningMachine, MachineError> {
+        let Self { config, ram, boot, entry } = self;
+        let control = Control { board: board.clone(), config: Arc::new(config), engine };
+        let mut running = RunningMachine { control, threads: Vec::new() };
+        // The files and the protocol are the same as at first, and so is the state.
+        let reload = Box::new(move || boot.load().map(drop));
+        let io = IoThread::new(board.clone(), ram.clone(), console, reload)
+            .map_err(MachineError::host("cannot set up the I/O thread"))?;
+        let thread = MachineError::host("cannot start a thread");
+        let vcpus: Result<Vec<_>, _> = (0..)
+            .zip(vcpus)
+            .map(|(id, vcpu)| {
+                let start = start_state(id, &entry);
+                VcpuThread { id, vcpu, board: board.clone(), ram: ram.clone(), start }.spawn()
+            })
+            .chain([io.spawn()])
+            .collect();
+        running.threads = vcpus.map_err(thread)?;
+        Ok(running)
+    }
+}
+
+/// A machine whose threads run. Dropping it ends them.
+pub struct RunningMachine {
+    control: Control,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl RunningMachine {
+    /// A handle for other threads.
+    pub fn control(&self) -> Control {
+        self.control.clone()
+    }
+
+    /// Waits for the end, and until all output is written and all threads have left.
+    pub fn wait(mut self) -> Outcome {
+        let outcome = self.control.board.lifecycle.wait_outcome();
+        for thread in self.threads.drain(..) {
+            // A thread that panics reports that itself.
+            let _ = thread.join();
+        }
+        outcome
+    }
+}
+
+impl Drop for RunningMachine {
+    fn drop(&mut self) {
+        self.control.stop();
+    }
+}
+
+/// Reaches a running machine from any thread. No call waits for the guest.
+#[derive(Clone)]
+pub struct Control {
+    board: Arc<Board>,
+    config: Arc<MachineConfig>,
+    engine: &'static str,
+}
+
+impl Control {
+    /// What the machine was made from.
+    pub fn config(&self) -> &MachineConfig {
+        &self.config
+    }
+    /// What the machine is doing.
+    pub fn phase(&self) -> Phase {
+        self.board.lifecycle.phase()
+    }
+    /// Holds the vCPUs; `false` if the machine has ended.
+    pub fn pause(&self) -> bool {
+        let goes_on = self.board.lifecycle.pause();
+        self.board.kick_all();
+        goes_on
+    }
+    /// Lets the vCPUs run on; `false` if the machine has ended.
+    pub fn resume(&self) -> bool {
+        self.board.lifecycle.resume()
+    }
+    /// Resets the machine.
+    pub fn reset(&self) {
+        self.board.lifecycle.reset(None);
+        self.board.kick_all();
+    }
+    /// Asks the guest's system to shut down, as its power button does.
+    pub fn press_power_button(&self) {
+        self.board.press_power_button();
+    }
+    /// Ends the machine at once.
+    pub fn stop(&self) {
+        self.board.lifecycle.end(Outcome::Stopped);
+        self.board.kick_all();
+    }
+    /// When vCPU 0 first entered the guest.
+    pub fn first_entry(&self) -> Option<Instant> {
+        self.board.lifecycle.first_entry()
+    }
+    /// What the machine is doing, in detail. Waits a fraction of a second for vCPUs that do not answer.
+    pub fn info(&self) -> MachineInfo {
+        MachineInfo {
+            name: self.config.name.clone(),
+            phase: self.phase(),
+            engine: self.engine,
+            memory: self.config.memory,
+            uptime_ns: self.board.clock.now_ns(),
+            vcpus: self.board.lifecycle.reports(|| self.board.kick_all()),
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "machine_tests.rs"]
+mod tests;

@@ -1,0 +1,153 @@
+//! The devices of a machine and where the guest finds them. Each has its own lock.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use ruse_devices::bus::{AddressMap, MapError};
+use ruse_devices::debug_exit::{DEBUG_EXIT_PORT, DebugExit};
+use ruse_devices::i8042::{I8042, I8042_COMMAND_PORT, I8042_DATA_PORT, PORT_92, Port92};
+use ruse_devices::pci::{CONFIG_ADDRESS_PORT, ECAM_BASE, PciHost};
+use ruse_devices::pit::{self, Pit};
+use ruse_devices::pm::{PM_BASE, Pm};
+use ruse_devices::post::{POST_PORT, Post};
+use ruse_devices::rtc::{RTC_PORT, Rtc};
+use ruse_devices::serial::{COM_IRQS, COM_PORTS, Serial};
+use ruse_devices::{Device, ioapic, pic};
+
+/// Buses that the memory-mapped configuration space covers.
+const ECAM_BUSES: u16 = 256;
+/// Ports that clear the x87 error line on a PC/AT.
+const X87_PORTS: (u64, u64) = (0xf0, 2);
+
+/// What answers at an address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Target {
+    /// The device of this number, behind its own lock.
+    Device(usize),
+    /// The 8259s; offsets are ports.
+    Pic,
+    /// The I/O APIC.
+    IoApic,
+    /// The latch of the x87 error line.
+    X87,
+}
+
+/// A device by its number: its place in [`Platform`], in the alarm's deadlines and among the sources of an interrupt
+/// line.
+pub(crate) mod number {
+    /// COM1; the other serial ports follow.
+    pub(crate) const SERIAL: usize = 0;
+    pub(crate) const PIT: usize = 4;
+    pub(crate) const RTC: usize = 5;
+    pub(crate) const I8042: usize = 6;
+    pub(crate) const PORT_92: usize = 7;
+    pub(crate) const PM: usize = 8;
+    pub(crate) const PCI: usize = 9;
+    pub(crate) const POST: usize = 10;
+    pub(crate) const DEBUG_EXIT: usize = 11;
+    /// How many there are.
+    pub(crate) const COUNT: usize = 12;
+}
+
+/// The devices and the maps by which accesses find them.
+pub(crate) struct Platform {
+    serial: [Mutex<Serial>; 4],
+    pit: Mutex<Pit>,
+    rtc: Mutex<Rtc>,
+    i8042: Mutex<I8042>,
+    port_92: Mutex<Port92>,
+    pm: Mutex<Pm>,
+    pci: Mutex<PciHost>,
+    post: Mutex<Post>,
+    debug_exit: Mutex<DebugExit>,
+    /// I/O ports.
+    pub(crate) ports: AddressMap<Target>,
+    /// Guest physical addresses that are not RAM.
+    pub(crate) memory: AddressMap<Target>,
+}
+
+/// Takes a lock, also one that a panicking thread has left behind: a device survives any state.
+pub(crate) fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Platform {
+    /// The devices of a machine after power-up.
+    pub(crate) fn new(rtc: Rtc, debug_exit: bool) -> Result<Self, MapError> {
+        let pci = PciHost::new(ECAM_BUSES);
+        let ecam = pci.ecam_len();
+        Ok(Self {
+            serial: COM_IRQS.map(|irq| Mutex::new(Serial::new(irq))),
+            pit: Mutex::default(),
+            rtc: Mutex::new(rtc),
+            i8042: Mutex::default(),
+            port_92: Mutex::default(),
+            pm: Mutex::default(),
+            pci: Mutex::new(pci),
+            post: Mutex::default(),
+            debug_exit: Mutex::default(),
+            ports: port_map(debug_exit)?,
+            memory: memory_map(ecam)?,
+        })
+    }
+
+    /// A serial port, COM1 first.
+    pub(crate) fn serial(&self, index: usize) -> Option<MutexGuard<'_, Serial>> {
+        self.serial.get(index).map(lock)
+    }
+
+    /// The power-management registers.
+    pub(crate) fn pm(&self) -> MutexGuard<'_, Pm> {
+        lock(&self.pm)
+    }
+
+    /// Calls `with` on a device under its lock.
+    pub(crate) fn with<R>(&self, device: usize, with: impl FnOnce(&mut dyn Device) -> R) -> Option<R> {
+        Some(match device {
+            number::PIT => with(&mut *lock(&self.pit)),
+            number::RTC => with(&mut *lock(&self.rtc)),
+            number::I8042 => with(&mut *lock(&self.i8042)),
+            number::PORT_92 => with(&mut *lock(&self.port_92)),
+            number::PM => with(&mut *lock(&self.pm)),
+            number::PCI => with(&mut *lock(&self.pci)),
+            number::POST => with(&mut *lock(&self.post)),
+            number::DEBUG_EXIT => with(&mut *lock(&self.debug_exit)),
+            serial => with(&mut *lock(self.serial.get(serial)?)),
+        })
+    }
+}
+
+fn port_map(debug_exit: bool) -> Result<AddressMap<Target>, MapError> {
+    let mut map = AddressMap::ports();
+    for (n, port) in COM_PORTS.into_iter().enumerate() {
+        map.insert(port.into(), Serial::LEN, Target::Device(number::SERIAL + n), 0)?;
+    }
+    let pit_61 = u64::from(pit::PORT_SPEAKER - pit::PORT);
+    for (port, len, device, offset) in [
+        (pit::PORT, u64::from(pit::PORTS), number::PIT, 0),
+        (pit::PORT_SPEAKER, 1, number::PIT, pit_61),
+        (RTC_PORT, Rtc::LEN, number::RTC, 0),
+        (I8042_DATA_PORT, 1, number::I8042, 0),
+        (I8042_COMMAND_PORT, 1, number::I8042, I8042::COMMAND),
+        (PORT_92, Port92::LEN, number::PORT_92, 0),
+        (PM_BASE, Pm::LEN, number::PM, 0),
+        (CONFIG_ADDRESS_PORT, PciHost::LEN, number::PCI, 0),
+        (POST_PORT, Post::LEN, number::POST, 0),
+    ] {
+        map.insert(port.into(), len, Target::Device(device), offset)?;
+    }
+    if debug_exit {
+        map.insert(DEBUG_EXIT_PORT.into(), DebugExit::LEN, Target::Device(number::DEBUG_EXIT), 0)?;
+    }
+    for port in pic::PORTS {
+        map.insert(port.into(), 1, Target::Pic, port.into())?;
+    }
+    map.insert(X87_PORTS.0, X87_PORTS.1, Target::X87, 0)?;
+    Ok(map)
+}
+
+fn memory_map(ecam: u64) -> Result<AddressMap<Target>, MapError> {
+    let mut map = AddressMap::memory();
+    map.insert(ioapic::BASE, ioapic::SIZE, Target::IoApic, 0)?;
+    map.insert(ECAM_BASE, ecam, Target::Device(number::PCI), PciHost::ECAM)?;
+    Ok(map)
+}

@@ -1,0 +1,38 @@
+//! Interrupt lines that several devices may drive.
+
+/// Interrupt lines of a machine.
+const LINES: usize = 24;
+
+/// Who drives each line. A line is high while anyone holds it high.
+#[derive(Debug, Default)]
+pub(crate) struct Wires {
+    drivers: [u64; LINES],
+}
+
+impl Wires {
+    /// Device `source` drives line `gsi` to `level`; returns the level of the line, or `None` where there is no such
+    /// line.
+    pub(crate) fn drive(&mut self, source: usize, gsi: u8, level: bool) -> Option<bool> {
+        let drivers = self.drivers.get_mut(usize::from(gsi))?;
+        let bit = 1u64.checked_shl(source as u32)?;
+        *drivers = if level { *drivers | bit } else { *drivers & !bit };
+        Some(*drivers != 0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_shared_line_stays_high_while_one_holds_it() {
+        let mut wires = Wires::default();
+        assert_eq!(wires.drive(0, 4, true), Some(true));
+        assert_eq!(wires.drive(2, 4, true), Some(true));
+        assert_eq!(wires.drive(0, 4, false), Some(true));
+        assert_eq!(wires.drive(0, 3, false), Some(false));
+        assert_eq!(wires.drive(2, 4, false), Some(false));
+        assert_eq!(wires.drive(0, 24, true), None);
+        assert_eq!(wires.drive(64, 4, true), None);
+    }
+}
