@@ -10,4 +10,7 @@ pub mod cpuid;
 pub mod frontend;
 pub mod ir;
 pub mod mmu;
+pub mod runtime;
 pub mod tier0;
+
+pub use runtime::engine::{DbtEngine, DbtOptions};

@@ -117,7 +117,7 @@ const BITS: [(CpuidFeature, u32, u32, usize, u32); 78] = [
 
 /// A set of the decoder's features.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Features([u64; WORDS]);
+pub(crate) struct Features([u64; WORDS]);
 
 impl Features {
     /// What the CPUID table says. What is not known here is not there.

@@ -21,11 +21,12 @@ mod table;
 mod task;
 #[cfg(test)]
 pub(crate) mod testing;
-mod vector;
+pub(crate) mod vector;
 
 use iced_x86::{Instruction, Mnemonic};
 use ruse_arch::{Exception, flags::rflags};
 
+pub(crate) use self::features::Features;
 pub use self::fetch::DecodeCache;
 pub use operand::Insn;
 
