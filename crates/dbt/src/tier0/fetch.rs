@@ -1,6 +1,8 @@
 //! Fetching and decoding: the bytes at CS:RIP with the faults of reading them, and a cache of what they decode to.
 
-use iced_x86::{Code, CpuidFeature, Decoder, DecoderError, DecoderOptions, Instruction, Mnemonic};
+use iced_x86::{
+    Code, CpuidFeature, Decoder, DecoderError, DecoderOptions, EncodingKind, Instruction, Mnemonic,
+};
 use ruse_arch::{
     Exception,
     paging::{Access, is_canonical},
@@ -25,8 +27,8 @@ struct Entry {
     bytes: u128,
     /// Which of the 16 bytes count.
     mask: u128,
-    /// Of the decoder; 0 in an empty entry.
-    bitness: u32,
+    /// What else decoding depends on; 0 in an empty entry.
+    key: u32,
     handler: Handler,
     insn: Insn,
 }
@@ -41,15 +43,15 @@ pub struct DecodeCache {
 }
 
 impl DecodeCache {
-    fn lookup(&self, rip: u64, bitness: u32, bytes: u128) -> Option<&Entry> {
+    fn lookup(&self, rip: u64, key: u32, bytes: u128) -> Option<&Entry> {
         let entry = self.entries.get(slot(rip))?;
-        (entry.insn.rip == rip && entry.bitness == bitness && (entry.bytes ^ bytes) & entry.mask == 0)
+        (entry.insn.rip == rip && entry.key == key && (entry.bytes ^ bytes) & entry.mask == 0)
             .then_some(entry)
     }
 
     fn insert(&mut self, entry: Entry) {
         if self.entries.is_empty() {
-            self.entries = vec![Entry { bitness: 0, ..entry }; ENTRIES].into();
+            self.entries = vec![Entry { key: 0, ..entry }; ENTRIES].into();
         }
         self.entries[slot(entry.insn.rip)] = entry;
     }
@@ -65,6 +67,11 @@ fn bitness(cpu: &Cpu) -> u32 {
         (_, true) => 32,
         _ => 16,
     }
+}
+
+/// What decoding depends on beside the bytes and their address; not 0.
+fn key(cpu: &Cpu) -> u32 {
+    bitness(cpu) | u32::from(cpu.mode.real || cpu.mode.vm86)
 }
 
 /// Linear address of CS:RIP and how many bytes the segment still has there.
@@ -90,7 +97,7 @@ pub(super) fn fetch(cpu: &mut Cpu) -> Result<(Insn, Handler), Exception> {
         let mut raw = [0; 16];
         load(host, &mut raw);
         let bytes = u128::from_le_bytes(raw);
-        if let Some(entry) = cpu.decoded.lookup(cpu.rip, bitness(cpu), bytes) {
+        if let Some(entry) = cpu.decoded.lookup(cpu.rip, key(cpu), bytes) {
             return Ok((entry.insn, entry.handler));
         }
     }
@@ -136,7 +143,9 @@ fn decode(cpu: &Cpu, bytes: &[u8]) -> Result<Instruction, DecoderError> {
 fn enter(cpu: &mut Cpu, i: Instruction, mut bytes: [u8; LONGEST]) -> Result<(Insn, Handler), Exception> {
     let features = *cpu.decoded.features.get_or_insert_with(|| Features::new(&cpu.cpuid));
     let i = without_feature(i, &features);
-    if !features.allow(&i) {
+    // VEX and its like need protected mode (SDM volume 2, 2.4).
+    let legacy = matches!(i.code().encoding(), EncodingKind::Legacy | EncodingKind::D3NOW);
+    if !features.allow(&i) || (!legacy && (cpu.mode.real || cpu.mode.vm86)) {
         return Err(Exception::UD);
     }
     bytes[i.len()..].fill(0);
@@ -149,7 +158,7 @@ fn enter(cpu: &mut Cpu, i: Instruction, mut bytes: [u8; LONGEST]) -> Result<(Ins
     cpu.decoded.insert(Entry {
         bytes: u128::from_le_bytes(raw),
         mask: (1 << (8 * i.len())) - 1,
-        bitness: bitness(cpu),
+        key: key(cpu),
         handler,
         insn,
     });

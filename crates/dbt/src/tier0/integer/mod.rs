@@ -1,13 +1,43 @@
-//! General-purpose instructions.
+//! General-purpose instructions (SDM volume 1, 7.3) except those that load segments, use ports or need privileges.
 
-use iced_x86::{Instruction, Mnemonic};
+mod access;
+mod alu;
+mod atomic;
+mod bits;
+mod bmi;
+mod branch;
+mod exchange;
+mod flags;
+mod misc;
+mod mov;
+mod muldiv;
+mod shift;
+mod stack_ops;
+mod string;
+#[cfg(test)]
+mod native;
+#[cfg(test)]
+mod tests;
+
+use iced_x86::Instruction;
 
 use super::Handler;
 
 /// The handler of a general-purpose instruction.
 pub(super) fn handler(i: &Instruction) -> Option<Handler> {
-    Some(match i.mnemonic() {
-        Mnemonic::Nop | Mnemonic::Pause => |_, _| Ok(()),
-        _ => return None,
-    })
+    let groups = [
+        alu::handler,
+        alu::decimal_handler,
+        shift::handler,
+        muldiv::handler,
+        bits::handler,
+        bmi::handler,
+        mov::handler,
+        exchange::handler,
+        stack_ops::handler,
+        branch::handler,
+        string::handler,
+        misc::handler,
+    ];
+    groups.into_iter().find_map(|group| group(i))
 }
