@@ -6,22 +6,30 @@ pub mod debug;
 mod far;
 mod features;
 mod fetch;
+mod fpu_regs;
 mod info;
 mod integer;
 pub mod interrupt;
 mod io;
 mod iret;
+mod lane;
+mod lane_stub;
+mod masked;
 mod msr;
 pub mod operand;
 mod segment;
 mod stack;
 mod syscall;
 mod system;
+#[cfg(test)]
+mod system_tests;
 mod table;
 mod task;
 #[cfg(test)]
 pub(crate) mod testing;
 pub(crate) mod vector;
+mod x87;
+mod xsave;
 
 use iced_x86::{Instruction, Mnemonic};
 use ruse_arch::{Exception, flags::rflags};
