@@ -86,7 +86,6 @@ impl Request {
 
 /// Delivers an event. Faults on the way are delivered in its place, as the double-fault rules say.
 pub fn deliver(cpu: &mut Cpu, event: Event) -> Result<(), Shutdown> {
-    cpu.counters.interrupts += 1;
     cpu.interrupt_shadow = false;
     if cpu.mp_state == MpState::Halted {
         cpu.mp_state = MpState::Running;

@@ -57,24 +57,25 @@ pub fn step(cpu: &mut Cpu) -> Result<(), Exception> {
     cpu.counters.tier0 += 1;
     let flags = cpu.rflags;
     cpu.interrupt_shadow = false;
-    let (insn, handler) = fetch::fetch(cpu)?;
-    cpu.rip = insn.next;
-    // Cleared by every instruction that completes; IRET and a task switch load it (SDM volume 3, 17.3.1.1).
-    cpu.rflags &= !rflags::RF;
-    if let Err(fault) = handler(cpu, &insn) {
-        cpu.rip = insn.rip;
-        cpu.rflags |= flags & rflags::RF;
-        return Err(fault);
-    }
-    if flags & rflags::TF != 0 && traps(cpu, &insn.i) {
-        return Err(Exception::db(DR6_BS));
-    }
-    Ok(())
+    fetch::with_instruction(cpu, |cpu, insn, handler| {
+        cpu.rip = insn.next;
+        // Cleared by every instruction that completes; IRET and a task switch load it (SDM volume 3, 17.3.1.1).
+        cpu.rflags &= !rflags::RF;
+        if let Err(fault) = handler(cpu, insn) {
+            cpu.rip = insn.rip;
+            cpu.rflags |= flags & rflags::RF;
+            return Err(fault);
+        }
+        if flags & rflags::TF != 0 && traps(cpu, &insn.i) {
+            return Err(Exception::db(DR6_BS));
+        }
+        Ok(())
+    })?
 }
 
 /// The instruction at CS:RIP, decoded, with all that fetching it may raise.
 pub fn decode(cpu: &mut Cpu) -> Result<Insn, Exception> {
-    fetch::fetch(cpu).map(|found| found.0)
+    fetch::with_instruction(cpu, |_, insn, _| *insn)
 }
 
 /// Whether a single-step trap follows the instruction: not after one that loads SS, whose shadow holds it back, and not

@@ -96,7 +96,7 @@ fn fixed_mtrr(number: u32) -> Option<usize> {
 /// Index in the variable-range MTRRs, and whether it is the mask.
 fn variable_mtrr(number: u32) -> Option<(usize, bool)> {
     let n = number.wrapping_sub(msr::MTRR_PHYS_BASE0);
-    (n < 2 * MTRRS).then_some(((n / 2) as usize, n % 2 != 0))
+    (n < 2 * MTRRS).then_some(((n / 2) as usize, n & 1 != 0))
 }
 
 /// Reads a model-specific register.

@@ -1,0 +1,169 @@
+//! A hostile guest: random system instructions in random states over random tables neither panic nor hang.
+
+use ruse_arch::{
+    Segment,
+    flags::{cr0, rflags},
+    state::reg,
+};
+
+use super::*;
+use crate::{
+    cpu::Cpu,
+    tier0::{
+        interrupt::{Event, deliver},
+        testing::{CODE, DATA, NullBus, STACK},
+    },
+};
+
+/// A generator that needs no seed from outside, so that a failure repeats.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0
+    }
+    fn pick<T: Copy>(&mut self, from: &[T]) -> T {
+        from[self.next() as usize % from.len()]
+    }
+    /// An address or selector that has a chance to mean something, or anything.
+    fn value(&mut self) -> u64 {
+        let near = self.next() % 0x80;
+        match self.next() % 8 {
+            0 => DATA + near,
+            1 => STACK - near,
+            2 => near,
+            3 => u64::MAX - near,
+            4 => (1 << 47) - near,
+            5 => 0xffff_ffff - near,
+            _ => self.next(),
+        }
+    }
+}
+
+const OPCODES: &[&[u8]] = &[
+    &[0x8e],
+    &[0x8c],
+    &[0x07],
+    &[0x17],
+    &[0x1f],
+    &[0x06],
+    &[0x0e],
+    &[0x0f, 0xa1],
+    &[0x0f, 0xa9],
+    &[0x0f, 0xa0],
+    &[0xc4],
+    &[0xc5],
+    &[0x0f, 0xb2],
+    &[0x0f, 0xb4],
+    &[0x0f, 0x00],
+    &[0x0f, 0x01],
+    &[0x0f, 0x02],
+    &[0x0f, 0x03],
+    &[0x63],
+    &[0xea],
+    &[0x9a],
+    &[0xff],
+    &[0xca],
+    &[0xcb],
+    &[0xcf],
+    &[0xcd],
+    &[0xcc],
+    &[0xce],
+    &[0xf1],
+    &[0x0f, 0x20],
+    &[0x0f, 0x21],
+    &[0x0f, 0x22],
+    &[0x0f, 0x23],
+    &[0x0f, 0x06],
+    &[0x0f, 0x05],
+    &[0x0f, 0x07],
+    &[0x0f, 0x34],
+    &[0x0f, 0x35],
+    &[0x0f, 0x30],
+    &[0x0f, 0x32],
+    &[0x0f, 0x33],
+    &[0x0f, 0xa2],
+    &[0x0f, 0x31],
+    &[0xfa],
+    &[0xfb],
+    &[0xf4],
+    &[0x6c],
+    &[0x6d],
+    &[0x6e],
+    &[0x6f],
+    &[0xe4],
+    &[0xed],
+    &[0xe7],
+    &[0xee],
+    &[0x0f, 0xc7],
+    &[0x0f, 0xae],
+    &[0x66, 0x0f, 0x38, 0x82],
+];
+
+fn segment(r: &mut Random) -> Segment {
+    let limit = r.pick(&[0, 0xff, 0xffff, u32::MAX]);
+    Segment { base: r.value(), limit, attr: r.next() as u16 & 0xf0ff, selector: r.next() as u16 }
+}
+
+fn scramble(m: &mut Machine, r: &mut Random) {
+    for i in 0..32 {
+        let descriptor = r.next() & !(1 << 52) | r.pick(&[0, 0x80]) << 40;
+        m.write_u64(GDT + 8 * i, if r.next() % 3 == 0 { m.read_u64(GDT + 8) } else { descriptor });
+    }
+    for i in 0..64 {
+        let gate = r.next() & !0xff_0000_0000 | r.pick(&[0x85, 0x8e, 0xee, 0x8f, 0x86]) << 40;
+        m.write_u64(IDT + 8 * i, gate);
+        m.write_u64(TSS_BASE + 8 * (i % 16), r.value());
+        m.write_u64(STACK - 256 + 8 * i, r.pick(&[8, 0x10, 0x18, 0x2b, 0x33, CODE, HANDLER, 0x2_0202]));
+        let value = r.value();
+        m.write_u64(DATA + 8 * i, value);
+    }
+    for i in 0..16 {
+        m.cpu.gpr[i] = r.value();
+    }
+    m.cpu.gpr[reg::RSP] = STACK - r.next() % 64;
+    m.cpu.gpr[reg::RDX] = r.next();
+    m.cpu.rflags = r.next() & 0x3f_7fd5 & !r.pick(&[0, rflags::VM]) | rflags::FIXED;
+    if r.next().is_multiple_of(4) {
+        m.cpu.ldtr = segment(r);
+        m.cpu.tr = segment(r);
+        let s = r.next() as usize % 6;
+        m.cpu.seg[s] = segment(r);
+    }
+    m.cpu.dr7 = r.pick(&[0x400, 0x2400, 0xffff_27ff]);
+    m.cpu.update_mode();
+}
+
+#[test]
+fn hostile_states_do_no_harm() {
+    let mut r = Random(0x9e37_79b9_7f4a_7c15);
+    for round in 0..300 {
+        let mut m = match round % 4 {
+            0 => with_levels(Machine::long()),
+            1 => with_levels(Machine::flat32()),
+            2 => Machine::real(),
+            _ => with_levels(Machine::long()),
+        };
+        for _ in 0..40 {
+            scramble(&mut m, &mut r);
+            if round % 4 == 3 {
+                to_user(&mut m);
+            }
+            if round % 4 == 1 {
+                m.cpu.paging.cr0 &= !cr0::PG;
+            }
+            let mut code = r.pick(&[&[][..], &[0x66], &[0xf3], &[0x48], &[0x67], &[0xf2, 0x66]]).to_vec();
+            code.extend_from_slice(r.pick(OPCODES));
+            code.extend(r.next().to_le_bytes());
+            m.load(&code);
+            for _ in 0..3 {
+                let Err(fault) = m.step() else { continue };
+                let event = r.pick(&[Event::Exception(fault), Event::Interrupt(r.0 as u8), Event::Nmi]);
+                let _ = m.cpu.with_bus(&NullBus, |cpu: &mut Cpu| deliver(cpu, event));
+            }
+        }
+    }
+}
