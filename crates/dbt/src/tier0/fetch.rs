@@ -43,10 +43,10 @@ pub struct DecodeCache {
 }
 
 impl DecodeCache {
-    fn lookup(&self, rip: u64, key: u32, bytes: u128) -> Option<&Entry> {
-        let entry = self.entries.get(slot(rip))?;
-        (entry.insn.rip == rip && entry.key == key && (entry.bytes ^ bytes) & entry.mask == 0)
-            .then_some(entry)
+    fn has(&self, rip: u64, key: u32, bytes: u128) -> bool {
+        self.entries.get(slot(rip)).is_some_and(|entry| {
+            entry.insn.rip == rip && entry.key == key && (entry.bytes ^ bytes) & entry.mask == 0
+        })
     }
 
     fn insert(&mut self, entry: Entry) {
@@ -84,9 +84,24 @@ fn code_address(cpu: &Cpu) -> Result<(u64, usize), Exception> {
     Ok((cs.base.wrapping_add(cpu.rip) & 0xffff_ffff, (left + 1).min(LONGEST as u64) as usize))
 }
 
-/// The instruction at CS:RIP and its handler.
+/// Fetches the instruction at CS:RIP and gives it to `f` with its handler. The cache is away from the CPU meanwhile,
+/// so that nothing needs to be copied.
 #[inline]
-pub(super) fn fetch(cpu: &mut Cpu) -> Result<(Insn, Handler), Exception> {
+pub(super) fn with_instruction<R>(
+    cpu: &mut Cpu,
+    f: impl FnOnce(&mut Cpu, &Insn, Handler) -> R,
+) -> Result<R, Exception> {
+    fetch(cpu)?;
+    let at = slot(cpu.rip);
+    let entries = std::mem::take(&mut cpu.decoded.entries);
+    let result = f(cpu, &entries[at].insn, entries[at].handler);
+    cpu.decoded.entries = entries;
+    Ok(result)
+}
+
+/// Makes the cache's entry for RIP hold the instruction there.
+#[inline]
+fn fetch(cpu: &mut Cpu) -> Result<(), Exception> {
     let (la, limit) = code_address(cpu)?;
     let left = (PAGE - la % PAGE) as usize;
     let place = cpu.place(la, 1, Access::Fetch, Who::Current)?;
@@ -97,15 +112,15 @@ pub(super) fn fetch(cpu: &mut Cpu) -> Result<(Insn, Handler), Exception> {
         let mut raw = [0; 16];
         load(host, &mut raw);
         let bytes = u128::from_le_bytes(raw);
-        if let Some(entry) = cpu.decoded.lookup(cpu.rip, key(cpu), bytes) {
-            return Ok((entry.insn, entry.handler));
+        if cpu.decoded.has(cpu.rip, key(cpu), bytes) {
+            return Ok(());
         }
     }
     fetch_slow(cpu, la, limit, place)
 }
 
 /// Reads as many bytes as there are, the second page only if the instruction reaches it, and decodes.
-fn fetch_slow(cpu: &mut Cpu, la: u64, limit: usize, place: Place) -> Result<(Insn, Handler), Exception> {
+fn fetch_slow(cpu: &mut Cpu, la: u64, limit: usize, place: Place) -> Result<(), Exception> {
     let mut bytes = [0; LONGEST];
     let left = (PAGE - la % PAGE) as usize;
     let first = left.min(limit);
@@ -140,7 +155,7 @@ fn decode(cpu: &Cpu, bytes: &[u8]) -> Result<Instruction, DecoderError> {
 }
 
 /// Puts a decoded instruction into the cache.
-fn enter(cpu: &mut Cpu, i: Instruction, mut bytes: [u8; LONGEST]) -> Result<(Insn, Handler), Exception> {
+fn enter(cpu: &mut Cpu, i: Instruction, mut bytes: [u8; LONGEST]) -> Result<(), Exception> {
     let features = *cpu.decoded.features.get_or_insert_with(|| Features::new(&cpu.cpuid));
     let i = without_feature(i, &features);
     // VEX and its like need protected mode (SDM volume 2, 2.4).
@@ -154,15 +169,15 @@ fn enter(cpu: &mut Cpu, i: Instruction, mut bytes: [u8; LONGEST]) -> Result<(Ins
     let insn = Insn { i, bytes, rip: cpu.rip, next };
     let mut raw = [0; 16];
     raw[..LONGEST].copy_from_slice(&bytes);
-    let handler = handler(&i);
-    cpu.decoded.insert(Entry {
+    let entry = Entry {
         bytes: u128::from_le_bytes(raw),
         mask: (1 << (8 * i.len())) - 1,
         key: key(cpu),
-        handler,
+        handler: handler(&i),
         insn,
-    });
-    Ok((insn, handler))
+    };
+    cpu.decoded.insert(entry);
+    Ok(())
 }
 
 /// What an instruction means to a CPU that lacks its feature but not the opcode below: the REP prefix of LZCNT and

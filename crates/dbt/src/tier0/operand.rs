@@ -43,28 +43,56 @@ pub const fn mask(size: usize) -> u64 {
     if size >= 8 { u64::MAX } else { (1 << (size * 8)) - 1 }
 }
 
+/// Where a general register lies within the whole ones.
+struct Part {
+    index: usize,
+    shift: u32,
+    mask: u64,
+}
+
+impl Part {
+    /// By the decoder's numbers, which run through each width in encoding order.
+    #[inline]
+    fn of(r: Register) -> Option<Self> {
+        const HIGH: usize = Register::AH as usize;
+        const NEW_LOW: usize = Register::SPL as usize;
+        const WORD: usize = Register::AX as usize;
+        const DWORD: usize = Register::EAX as usize;
+        const QWORD: usize = Register::RAX as usize;
+        const LOW: usize = Register::AL as usize;
+        let n = r as usize;
+        let part = |index, shift, mask| Some(Self { index, shift, mask });
+        match n {
+            QWORD.. if n < QWORD + 16 => part(n - QWORD, 0, u64::MAX),
+            DWORD.. if n < DWORD + 16 => part(n - DWORD, 0, 0xffff_ffff),
+            WORD.. if n < WORD + 16 => part(n - WORD, 0, 0xffff),
+            NEW_LOW..WORD => part(n - NEW_LOW + 4, 0, 0xff),
+            HIGH..NEW_LOW => part(n - HIGH, 8, 0xff),
+            LOW..HIGH => part(n - LOW, 0, 0xff),
+            _ => None,
+        }
+    }
+}
+
 impl Cpu {
-    /// Reads a general register of any width, zero-extended.
+    /// Reads a general register of any width, zero-extended; anything else reads as zero.
+    #[inline]
     pub fn reg(&self, r: Register) -> u64 {
-        match gpr_index(r) {
-            Some(i) => self.gpr[i] & mask(r.size()),
-            None if r.is_gpr8() => self.gpr[r as usize - Register::AH as usize] >> 8 & 0xff,
+        match Part::of(r) {
+            Some(part) => self.gpr[part.index & 15] >> part.shift & part.mask,
             None => 0,
         }
     }
 
     /// Writes a general register of any width: 32-bit writes clear the upper half, narrower ones keep the rest.
+    #[inline]
     pub fn set_reg(&mut self, r: Register, value: u64) {
-        match (gpr_index(r), r.size()) {
-            (Some(i), 8) => self.gpr[i] = value,
-            (Some(i), 4) => self.gpr[i] = value & 0xffff_ffff,
-            (Some(i), size) => self.gpr[i] = self.gpr[i] & !mask(size) | value & mask(size),
-            (None, _) if r.is_gpr8() => {
-                let i = r as usize - Register::AH as usize;
-                self.gpr[i] = self.gpr[i] & !0xff00 | (value & 0xff) << 8;
-            }
-            (None, _) => {}
-        }
+        let Some(part) = Part::of(r) else { return };
+        let whole = &mut self.gpr[part.index & 15];
+        let value = value & part.mask;
+        // 32-bit and 64-bit masks leave nothing to keep.
+        let kept = if part.mask > 0xffff { 0 } else { !(part.mask << part.shift) };
+        *whole = *whole & kept | value << part.shift;
     }
 
     /// Offset of the instruction's memory operand within its segment, wrapped to the address size.
