@@ -221,6 +221,8 @@ pub struct Cpu {
     pub decoded: crate::tier0::DecodeCache,
     /// Counters for diagnosis.
     pub counters: Counters,
+    /// DR6 bits of data and port breakpoints that the current instruction has met.
+    pub debug_hits: u64,
     /// Bytes (guest physical address, length) of pages with code that this vCPU wrote and the translator has not seen.
     pub written_code: Vec<(u64, u32)>,
     bus: Option<NonNull<dyn Bus>>,
@@ -383,6 +385,7 @@ impl Cpu {
             mmu,
             decoded: crate::tier0::DecodeCache::default(),
             counters: Counters::default(),
+            debug_hits: 0,
             written_code: Vec::new(),
             bus: None,
             shared,

@@ -9,7 +9,10 @@ use ruse_arch::{
     paging::{Access, is_canonical},
 };
 
-use crate::cpu::{Cpu, Who};
+use crate::{
+    cpu::{Cpu, Who},
+    tier0::debug::{self, Watch},
+};
 
 /// Where an access within one page leads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,6 +64,7 @@ impl Cpu {
     /// Reads `buf.len()` (at most 4096) bytes at a linear address. All pages are checked before a device is touched.
     pub fn read_linear(&mut self, la: u64, buf: &mut [u8], who: Who) -> Result<(), Exception> {
         let la = self.wrap(la);
+        debug::note(self, la, buf.len(), Watch::Read, who);
         let split = first_part(la, buf.len());
         let first = self.place(la, split, Access::Read, who)?;
         if split == buf.len() {
@@ -77,6 +81,7 @@ impl Cpu {
     /// Writes bytes (at most 4096) at a linear address. All pages are checked before the first byte is written.
     pub fn write_linear(&mut self, la: u64, bytes: &[u8], who: Who) -> Result<(), Exception> {
         let la = self.wrap(la);
+        debug::note(self, la, bytes.len(), Watch::Write, who);
         let split = first_part(la, bytes.len());
         let first = self.place(la, split, Access::Write, who)?;
         if split == bytes.len() {
@@ -105,6 +110,7 @@ impl Cpu {
     /// page without code on it. `None`: the caller makes the access in parts.
     pub fn atomic_place(&mut self, la: u64, size: usize, who: Who) -> Result<Option<*mut u8>, Exception> {
         let la = self.wrap(la);
+        debug::note(self, la, size, Watch::Write, who);
         if first_part(la, size) < size {
             return Ok(None);
         }

@@ -4,10 +4,11 @@ use iced_x86::{Code, Register};
 use ruse_arch::{
     Exception,
     flags::{cr4, rflags},
+    state::seg,
 };
 
 use super::{Insn, table::privileged};
-use crate::cpu::Cpu;
+use crate::cpu::{Cpu, Who};
 
 /// DR6: an access to a debug register while DR7.GD was set.
 const DR6_BD: u64 = 1 << 13;
@@ -110,6 +111,26 @@ fn one_matches(cpu: &Cpu, n: usize, at: u64, len: u64, watch: Watch) -> bool {
     let size = [1u64, 2, 8, 4][(field >> 2) as usize];
     let first = cpu.dr[n] & !(size - 1);
     kind_ok && at <= first.wrapping_add(size - 1) && first <= at.wrapping_add(len.max(1) - 1)
+}
+
+/// Notes the breakpoints that a data access of the current instruction meets; they trap when it is complete.
+#[inline]
+pub fn note(cpu: &mut Cpu, la: u64, len: usize, watch: Watch, who: Who) {
+    if breakpoints_enabled(cpu) && who == Who::Current {
+        cpu.debug_hits |= matches(cpu, la, len as u64, watch);
+    }
+}
+
+/// The start of an instruction: the fault of a breakpoint on it.
+#[inline]
+pub(super) fn before(cpu: &mut Cpu) -> Result<(), Exception> {
+    cpu.debug_hits = 0;
+    if !breakpoints_enabled(cpu) {
+        return Ok(());
+    }
+    let la =
+        if cpu.mode.code64 { cpu.rip } else { cpu.seg[seg::CS].base.wrapping_add(cpu.rip) & 0xffff_ffff };
+    instruction_breakpoint(cpu, la).map_or(Ok(()), |bits| Err(Exception::db(bits)))
 }
 
 /// The debug fault that the instruction at linear address `la` raises before it runs, if a breakpoint is there and RF

@@ -10,6 +10,7 @@ use ruse_arch::{
 
 use super::{
     Insn,
+    debug::{self, Watch},
     operand::{address_size, mask, segment_index},
     segment::kind,
 };
@@ -57,6 +58,11 @@ fn check(cpu: &mut Cpu, port: u16, size: usize) -> Result<(), Exception> {
     if bits & wanted == 0 { Ok(()) } else { denied }
 }
 
+/// Notes breakpoints on a port.
+fn watch(cpu: &mut Cpu, port: u16, size: usize) {
+    debug::note(cpu, port.into(), size, Watch::Port, Who::Current);
+}
+
 /// The port that an operand names.
 fn port(cpu: &Cpu, insn: &Insn, op: u32) -> u16 {
     if insn.i.op_kind(op) == OpKind::Register {
@@ -70,6 +76,7 @@ fn input(cpu: &mut Cpu, insn: &Insn) -> Result<(), Exception> {
     let to = insn.i.op0_register();
     let port = port(cpu, insn, 1);
     check(cpu, port, to.size())?;
+    watch(cpu, port, to.size());
     let mut bytes = [0u8; 4];
     cpu.bus().pio_read(cpu.id, port, &mut bytes[..to.size()]);
     cpu.set_reg(to, u64::from(u32::from_le_bytes(bytes)));
@@ -80,6 +87,7 @@ fn output(cpu: &mut Cpu, insn: &Insn) -> Result<(), Exception> {
     let from = insn.i.op1_register();
     let port = port(cpu, insn, 0);
     check(cpu, port, from.size())?;
+    watch(cpu, port, from.size());
     let bytes = cpu.reg(from).to_le_bytes();
     cpu.bus().pio_write(cpu.id, port, &bytes[..from.size()]);
     Ok(())
@@ -93,8 +101,9 @@ fn string(cpu: &mut Cpu, insn: &Insn, size: usize, into: bool) -> Result<(), Exc
     let repeated = i.has_rep_prefix() || i.has_repne_prefix();
     let port = cpu.gpr[reg::RDX] as u16;
     check(cpu, port, size)?;
+    watch(cpu, port, size);
     let count = if repeated { cpu.gpr[reg::RCX] & mask(width) } else { 1 };
-    let burst = if cpu.rflags & rflags::TF != 0 { 1 } else { BURST };
+    let burst = if cpu.rflags & rflags::TF != 0 || debug::breakpoints_enabled(cpu) { 1 } else { BURST };
     for _ in 0..count.min(burst) {
         if into {
             ins_once(cpu, port, size, width)?;

@@ -50,13 +50,14 @@ const DR6_BS: u64 = 1 << 14;
 /// Executes the instruction at CS:RIP.
 ///
 /// On `Err` the architectural state is as before the instruction (completed iterations of a string instruction and
-/// accessed and dirty bits apart), with RIP at the instruction; a single-step trap is an `Err` too, but with the
-/// instruction complete. A repeated string instruction may return `Ok` with RIP at itself before it is done, so that
+/// accessed and dirty bits apart), with RIP at the instruction; a single-step or breakpoint trap is an `Err` too, but
+/// with the instruction complete. A repeated string instruction may return `Ok` with RIP at itself before it is done, so that
 /// interrupts get their turn.
 pub fn step(cpu: &mut Cpu) -> Result<(), Exception> {
     cpu.counters.tier0 += 1;
     let flags = cpu.rflags;
     cpu.interrupt_shadow = false;
+    debug::before(cpu)?;
     fetch::with_instruction(cpu, |cpu, insn, handler| {
         cpu.rip = insn.next;
         // Cleared by every instruction that completes; IRET and a task switch load it (SDM volume 3, 17.3.1.1).
@@ -66,10 +67,9 @@ pub fn step(cpu: &mut Cpu) -> Result<(), Exception> {
             cpu.rflags |= flags & rflags::RF;
             return Err(fault);
         }
-        if flags & rflags::TF != 0 && traps(cpu, &insn.i) {
-            return Err(Exception::db(DR6_BS));
-        }
-        Ok(())
+        let step = if flags & rflags::TF != 0 && traps(cpu, &insn.i) { DR6_BS } else { 0 };
+        let met = step | cpu.debug_hits;
+        if met == 0 { Ok(()) } else { Err(Exception::db(met)) }
     })?
 }
 

@@ -160,6 +160,22 @@ fn debug_registers() {
 }
 
 #[test]
+fn breakpoints_fault_before_code_and_trap_after_data() {
+    let mut m = Machine::long();
+    m.cpu.dr[0] = CODE;
+    m.cpu.dr[1] = DATA;
+    m.cpu.dr7 = 0x400 | 1 | 4 | 0xf << 20;
+    m.cpu.gpr[reg::RDI] = DATA + 3;
+    m.load(&[0xc6, 0x07, 0x5a]); // mov byte [rdi], 5ah
+    assert_eq!(m.step(), Err(Exception::db(1)));
+    assert_eq!((m.cpu.rip, m.read::<1>(DATA + 3)), (CODE, [0]));
+    m.cpu.rflags |= rflags::RF;
+    assert_eq!(m.step(), Err(Exception::db(2)));
+    assert_eq!((m.cpu.rip, m.read::<1>(DATA + 3)), (CODE + 3, [0x5a]));
+    assert_eq!(m.cpu.rflags & rflags::RF, 0);
+}
+
+#[test]
 fn ports_obey_the_bitmap() {
     let mut m = with_levels(Machine::long());
     m.write(TSS_BASE + 0x66, &[0x68, 0]);

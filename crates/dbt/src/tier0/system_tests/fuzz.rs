@@ -111,7 +111,7 @@ fn segment(r: &mut Random) -> Segment {
 fn scramble(m: &mut Machine, r: &mut Random) {
     for i in 0..32 {
         let descriptor = r.next() & !(1 << 52) | r.pick(&[0, 0x80]) << 40;
-        m.write_u64(GDT + 8 * i, if r.next() % 3 == 0 { m.read_u64(GDT + 8) } else { descriptor });
+        m.write_u64(GDT + 8 * i, if r.next().is_multiple_of(3) { m.read_u64(GDT + 8) } else { descriptor });
     }
     for i in 0..64 {
         let gate = r.next() & !0xff_0000_0000 | r.pick(&[0x85, 0x8e, 0xee, 0x8f, 0x86]) << 40;

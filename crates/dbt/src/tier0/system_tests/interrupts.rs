@@ -88,7 +88,7 @@ fn long_mode_aligns_and_uses_the_ist() {
     let mut m = with_levels(Machine::long());
     m.cpu.gpr[reg::RSP] = STACK - 3;
     send(&mut m, Event::Interrupt(0x40)).unwrap();
-    assert_eq!(m.cpu.gpr[reg::RSP], (STACK - 3 & !15) - 40);
+    assert_eq!(m.cpu.gpr[reg::RSP], ((STACK - 3) & !15) - 40);
     assert_eq!([stacked(&m, 0, 8), stacked(&m, 3, 8)], [CODE, STACK - 3]);
     m.write_u64(IDT + 14 * 16, gate(8, HANDLER, 0x8e) | 1 << 32);
     send(&mut m, Event::Exception(Exception::pf(1, 2))).unwrap();
@@ -96,7 +96,7 @@ fn long_mode_aligns_and_uses_the_ist() {
     m.write(HANDLER, &[0x48, 0x83, 0xc4, 8, 0x48, 0xcf]); // add rsp, 8; iretq
     m.step().unwrap();
     m.step().unwrap();
-    assert_eq!((m.cpu.rip, m.cpu.gpr[reg::RSP]), (HANDLER, (STACK - 3 & !15) - 40));
+    assert_eq!((m.cpu.rip, m.cpu.gpr[reg::RSP]), (HANDLER, ((STACK - 3) & !15) - 40));
 }
 
 #[test]
