@@ -38,6 +38,8 @@ pub(super) fn fadt(config: &AcpiConfig, facs: u32, dsdt: u32) -> Vec<u8> {
         .flag(Flags::ResetRegSup)
         .preferred_pm_profile(PmProfile::Unspecified)
         .gpe_info(GPE0_PORT.into(), 0, 4, 0, 0);
+    t.creator_id = *b"RUSE";
+    t.creator_revision = 1u32.to_le_bytes();
     t.dsdt = dsdt.into();
     t.x_dsdt = u64::from(dsdt).into();
     t.sci_int = u16::from(SCI).into();
