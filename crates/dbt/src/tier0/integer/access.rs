@@ -7,7 +7,7 @@ use super::atomic;
 use crate::{
     cpu::{Cpu, Who},
     mmu::access::{Place, load, store},
-    tier0::{Insn, operand::mask},
+    tier0::{Insn, debug, operand::mask},
 };
 
 /// Bytes of operand `n`, which is a register or memory.
@@ -85,6 +85,7 @@ impl Cpu {
         if la % 4096 + size as u64 > 4096 {
             return self.modify_parts(la, size, f);
         }
+        debug::note(self, la, size, debug::Watch::Write, Who::Current);
         match self.place(la, size, Access::Write, Who::Current)? {
             Place::Ram(host) if atomic::is_whole(host, size) || !lock => Ok(change(host, size, lock, f)),
             Place::Code(host, gpa) if atomic::is_whole(host, size) || !lock => {

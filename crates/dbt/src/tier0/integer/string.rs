@@ -16,7 +16,7 @@ use crate::{
     cpu::{Cpu, Who},
     mmu::access::Place,
     tier0::{
-        Handler, Insn,
+        Handler, Insn, debug,
         operand::{address_size, mask, segment_index},
     },
 };
@@ -144,7 +144,8 @@ impl Op {
     /// As many elements at once as lie in one page on each side, in RAM, forwards: how many were done. None where that
     /// would differ from one after the other, or where the first would fault: then the plain way tells how.
     fn chunk(&self, cpu: &mut Cpu, most: u64) -> u64 {
-        if self.step >> 63 != 0 || !matches!(self.kind, Kind::Movs | Kind::Stos) {
+        let plain = self.step >> 63 != 0 || debug::breakpoints_enabled(cpu);
+        if plain || !matches!(self.kind, Kind::Movs | Kind::Stos) {
             return 0;
         }
         let room = |offset: u64, la: u64| {
