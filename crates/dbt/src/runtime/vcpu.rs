@@ -31,6 +31,9 @@ use crate::{
     },
 };
 
+/// Bytes of code that a region is lifted from at most.
+const LIFTED: usize = 768;
+
 /// A vCPU of the translator.
 pub struct DbtVcpu {
     pub(super) cpu: CpuBox,
@@ -273,10 +276,11 @@ impl DbtVcpu {
         mode: CodeMode,
     ) -> Result<Option<u32>, Exception> {
         self.guard_page(page);
-        let mut bytes = [0; 4096];
+        let mut bytes = [0; LIFTED];
         let left = 4096 - va as usize % 4096;
-        crate::mmu::access::load(host, &mut bytes[..left]);
-        if let Some(region) = self.blocks.lift(va, &bytes[..left], mode) {
+        let here = left.min(LIFTED);
+        crate::mmu::access::load(host, &mut bytes[..here]);
+        if let Some(region) = self.blocks.lift(va, &bytes[..here], mode) {
             return Ok(self.store(&region, Source::new(&region, page, None), mode));
         }
         // The first instruction leaves the page: a block of its own. Its faults are tier 0's.

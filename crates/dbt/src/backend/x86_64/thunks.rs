@@ -203,31 +203,39 @@ const XMM: i32 = 160;
 /// Offset of the upper halves behind the XSAVE header.
 const YMM_HIGH: i32 = 576;
 
+/// VEX-encoded where there is AVX: legacy SSE instructions between AVX ones cost a state transition each.
 fn load_vectors(asm: &mut Asm, avx: bool) {
     for r in 0..16u8 {
-        asm.mem(&[], false, &[0x0f, 0x10], r, Mem::Block(block::FPU + XMM + 16 * i32::from(r))); // movups
+        let low = block::FPU + XMM + 16 * i32::from(r);
         if avx {
+            vex(asm, 1, 0x78, 0x10, r, low); // vmovups xmm, gs:[...]
             // vinsertf128 ymm, ymm, gs:[...], 1
-            insert_or_extract(asm, 0x18, r, !r & 15);
+            vex(asm, 3, (!r & 15) << 3 | 0x05, 0x18, r, block::FPU + YMM_HIGH + 16 * i32::from(r));
+            asm.bytes(&[1]);
+        } else {
+            asm.mem(&[], false, &[0x0f, 0x10], r, Mem::Block(low)); // movups
         }
     }
 }
 
 fn store_vectors(asm: &mut Asm, avx: bool) {
     for r in 0..16u8 {
-        asm.mem(&[], false, &[0x0f, 0x11], r, Mem::Block(block::FPU + XMM + 16 * i32::from(r)));
+        let low = block::FPU + XMM + 16 * i32::from(r);
         if avx {
+            vex(asm, 1, 0x78, 0x11, r, low); // vmovups gs:[...], xmm
             // vextractf128 gs:[...], ymm, 1
-            insert_or_extract(asm, 0x19, r, 15);
+            vex(asm, 3, 0x7d, 0x19, r, block::FPU + YMM_HIGH + 16 * i32::from(r));
+            asm.bytes(&[1]);
+        } else {
+            asm.mem(&[], false, &[0x0f, 0x11], r, Mem::Block(low));
         }
     }
 }
 
-/// VEX.256.66.0F3A.W0 `opcode` /r ib with a block operand; `vvvv` already inverted.
-fn insert_or_extract(asm: &mut Asm, opcode: u8, r: u8, vvvv: u8) {
-    let at = block::FPU + YMM_HIGH + 16 * i32::from(r);
+/// An instruction with a three-byte VEX prefix and a block operand: opcode map, the prefix's last byte (W, inverted
+/// vvvv, L, pp), opcode, register.
+fn vex(asm: &mut Asm, map: u8, last: u8, opcode: u8, r: u8, at: i32) {
     let inverted_r = if r >= 8 { 0 } else { 0x80 };
-    asm.bytes(&[0x65, 0xc4, inverted_r | 0x60 | 3, vvvv << 3 | 0x05, opcode, (r & 7) << 3 | 4, 0x25]);
+    asm.bytes(&[0x65, 0xc4, inverted_r | 0x60 | map, last, opcode, (r & 7) << 3 | 4, 0x25]);
     asm.bytes(&at.to_le_bytes());
-    asm.bytes(&[1]);
 }
