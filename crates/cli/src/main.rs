@@ -1,3 +1,64 @@
-//! The `ruse` program.
+//! The `ruse` program: words on the command line to a machine, and a machine's end to an exit code.
 
-fn main() {}
+mod console;
+mod doctor;
+mod escape;
+mod failure;
+mod guest;
+mod monitor;
+mod options;
+mod outcome;
+mod run;
+mod signals;
+mod terminal;
+
+use std::io;
+use std::process::ExitCode;
+use std::time::Instant;
+
+use clap::Parser;
+
+use crate::failure::Failure;
+use crate::options::{Cli, Command};
+
+fn main() -> ExitCode {
+    let started = Instant::now();
+    terminal::restore_on_panic();
+    let result = parse().and_then(|cli| match cli.command {
+        Command::Run(options) => {
+            start_log(options.verbose);
+            run::run(&options, started)
+        }
+        Command::Doctor(options) => doctor::doctor(&options),
+    });
+    let code = match result {
+        Ok(code) => code,
+        Err(failure) => {
+            failure.print();
+            failure.code
+        }
+    };
+    ExitCode::from(code)
+}
+
+/// Reads the command line. What clap has to say in several lines is said in one.
+fn parse() -> Result<Cli, Failure> {
+    use clap::error::ErrorKind;
+    Cli::try_parse().or_else(|error| match error.kind() {
+        ErrorKind::DisplayHelp
+        | ErrorKind::DisplayVersion
+        | ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
+            // `exit` prints where it belongs, and a closed pipe is no error.
+            error.exit()
+        }
+        _ => Err(Failure::input(failure::one_line(&error.to_string()))),
+    })
+}
+
+/// Messages of the libraries go to standard error: errors and warnings, with `-v` more, or what RUSE_LOG says.
+fn start_log(verbose: bool) {
+    use tracing_subscriber::EnvFilter;
+    let default = if verbose { "info" } else { "warn" };
+    let filter = EnvFilter::try_from_env("RUSE_LOG").unwrap_or_else(|_| EnvFilter::new(default));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).without_time().init();
+}

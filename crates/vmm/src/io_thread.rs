@@ -268,7 +268,7 @@ impl IoThread {
 
     /// Nobody listens any more; the guest goes on without.
     fn output_fails(&mut self, error: &io::Error) {
-        tracing::debug!(%error, "output ends");
+        tracing::warn!(%error, "output has ended; the guest runs on without");
         if let (Watch::On, Some(fd)) = (self.output_watch, self.console.output.as_ref().and_then(|o| o.fd()))
         {
             let _ = epoll::delete(&self.epoll, fd);

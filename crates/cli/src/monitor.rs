@@ -1,0 +1,143 @@
+//! The monitor prompt: a line editor and a few commands.
+
+use std::fmt::Write;
+
+use ruse_vmm::config::format_size;
+use ruse_vmm::{Control, MachineInfo, Phase};
+
+/// The prompt.
+pub const PROMPT: &str = "(ruse) ";
+/// Longest line.
+const LINE_LIMIT: usize = 256;
+/// The commands.
+const HELP: &str = "\
+info      what the machine is doing
+pause     hold it
+resume    let it run on
+reset     reset it
+shutdown  press its power button
+quit      end it
+help      this list
+An empty line or Ctrl-A c goes back to the guest.
+";
+
+/// A line that is being typed.
+#[derive(Debug, Default)]
+pub struct LineEditor {
+    line: String,
+}
+
+/// What a key does to the line.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Edit {
+    /// Echo this.
+    Echo(String),
+    /// The line is done.
+    Done(String),
+    /// The user has had enough.
+    Cancel,
+}
+
+impl LineEditor {
+    /// The next byte of the keyboard.
+    pub fn key(&mut self, byte: u8) -> Edit {
+        match byte {
+            b'\r' | b'\n' => Edit::Done(std::mem::take(&mut self.line)),
+            0x03 | 0x04 => {
+                self.line.clear();
+                Edit::Cancel
+            }
+            0x08 | 0x7f if self.line.pop().is_some() => Edit::Echo("\x08 \x08".into()),
+            0x20..=0x7e if self.line.len() < LINE_LIMIT => {
+                self.line.push(char::from(byte));
+                Edit::Echo(char::from(byte).into())
+            }
+            _ => Edit::Echo(String::new()),
+        }
+    }
+}
+
+/// What a command leads to.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Answer {
+    /// Print this and prompt again.
+    Text(String),
+    /// Back to the guest.
+    Leave,
+}
+
+/// Carries out a command.
+pub fn command(line: &str, control: &Control) -> Answer {
+    let text = match line.trim() {
+        "" => return Answer::Leave,
+        "info" | "i" => describe(&control.info()),
+        "pause" | "stop" => {
+            control.pause();
+            "paused\n".into()
+        }
+        "resume" | "cont" | "c" => {
+            control.resume();
+            return Answer::Leave;
+        }
+        "reset" => {
+            control.reset();
+            return Answer::Leave;
+        }
+        "shutdown" => {
+            control.press_power_button();
+            return Answer::Leave;
+        }
+        "quit" | "q" | "exit" => {
+            control.stop();
+            return Answer::Leave;
+        }
+        "help" | "h" | "?" => HELP.into(),
+        other => format!("no such command: {other} (try help)\n"),
+    };
+    Answer::Text(text)
+}
+
+/// A machine's state for people.
+pub fn describe(info: &MachineInfo) -> String {
+    let mut text = String::new();
+    let phase = match info.phase {
+        Phase::Running => "running",
+        Phase::Paused => "paused",
+        Phase::Resetting => "being reset",
+        Phase::Ended => "ended",
+    };
+    let seconds = info.uptime_ns / 1_000_000_000;
+    let memory = format_size(info.memory);
+    let _ = writeln!(text, "{}: {phase}, engine {}, {memory} of RAM, up {seconds} s", info.name, info.engine);
+    for vcpu in &info.vcpus {
+        let activity = format!("{:?}", vcpu.activity).to_lowercase();
+        let held = if vcpu.held { ", held" } else { "" };
+        let rip = vcpu.rip.map(|rip| format!(", rip {rip:#x}")).unwrap_or_default();
+        let _ = writeln!(text, "vcpu{}: {activity}{held}{rip}", vcpu.id);
+        for (name, count) in &vcpu.counters {
+            let _ = writeln!(text, "  {name}: {count}");
+        }
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_is_edited() {
+        let mut editor = LineEditor::default();
+        for byte in b"infx" {
+            assert_eq!(editor.key(*byte), Edit::Echo(char::from(*byte).into()));
+        }
+        assert_eq!(editor.key(0x7f), Edit::Echo("\x08 \x08".into()));
+        editor.key(b'o');
+        assert_eq!(editor.key(0x1b), Edit::Echo(String::new()));
+        assert_eq!(editor.key(b'\r'), Edit::Done("info".into()));
+        assert_eq!(editor.key(0x7f), Edit::Echo(String::new()), "nothing is left");
+        editor.key(b'z');
+        assert_eq!(editor.key(3), Edit::Cancel);
+        assert_eq!(editor.key(b'\n'), Edit::Done(String::new()));
+    }
+}
