@@ -3,13 +3,13 @@
 use iced_x86::{Instruction, Mnemonic, OpKind};
 use ruse_arch::{
     Exception,
-    flags::rflags::{ARITH, CF, ZF},
+    flags::rflags::{ARITH, CF, PF, ZF},
     paging::Access,
 };
 
 use super::{
     access::size_of,
-    flags::{extend, flag},
+    flags::{extend, flag, szp},
 };
 use crate::{
     cpu::{Cpu, Who},
@@ -78,13 +78,16 @@ fn change(cpu: &mut Cpu, insn: &Insn, f: impl Fn(u64, u64) -> u64) -> Result<(),
     Ok(())
 }
 
-/// BSF and BSR: zero has no bit to find and leaves the destination alone. The flags but ZF are undefined; they stay.
+/// BSF and BSR: zero has no bit to find and leaves the destination alone. The flags but ZF are undefined; Intel's CPUs
+/// set PF by the result and clear the others.
 fn scan(cpu: &mut Cpu, insn: &Insn, f: impl Fn(u64) -> u32) -> Result<(), Exception> {
     let value = cpu.read_operand(insn, 1)?;
+    let mut found = 0;
     if value != 0 {
-        cpu.set_reg(insn.i.op0_register(), u64::from(f(value)));
+        found = u64::from(f(value));
+        cpu.set_reg(insn.i.op0_register(), found);
     }
-    cpu.set_flags(ZF, flag(ZF, value == 0));
+    cpu.set_arith(flag(ZF, value == 0) | szp(found, 8) & PF);
     Ok(())
 }
 
@@ -93,7 +96,8 @@ fn count_zeros(cpu: &mut Cpu, insn: &Insn, f: impl Fn(u64, u32) -> u32) -> Resul
     let value = cpu.read_operand(insn, 1)?;
     let count = f(value, bits);
     cpu.set_reg(insn.i.op0_register(), u64::from(count));
-    cpu.set_flags(CF | ZF, flag(CF, value == 0) | flag(ZF, count == 0));
+    // The others are undefined, and clear on Intel's CPUs.
+    cpu.set_arith(flag(CF, value == 0) | flag(ZF, count == 0));
     Ok(())
 }
 

@@ -3,7 +3,7 @@
 use iced_x86::{Instruction, Mnemonic};
 use ruse_arch::{
     Exception,
-    flags::rflags::{CF, OF, SF, ZF},
+    flags::rflags::{CF, SF, ZF},
     state::reg,
 };
 
@@ -42,10 +42,11 @@ fn count(value: u64, size: usize) -> u64 {
     value % (size as u64 * 8)
 }
 
-/// Flags of the group: SF and ZF by the result, OF clear, CF as given. AF and PF are undefined; they stay.
+/// Flags of the group: SF and ZF by the result, OF clear, CF as given. AF and PF are undefined, and clear on Intel's
+/// CPUs.
 fn set_result_flags(cpu: &mut Cpu, value: u64, size: usize, carry: bool) {
     let shown = flag(SF, value & sign(size) != 0) | flag(ZF, value == 0);
-    cpu.set_flags(CF | OF | SF | ZF, shown | flag(CF, carry));
+    cpu.set_arith(shown | flag(CF, carry));
 }
 
 /// `first = f(second, third)`.
@@ -83,8 +84,8 @@ fn bextr(cpu: &mut Cpu, insn: &Insn) -> Result<(), Exception> {
     let shifted = a.checked_shr(u32::from(start)).unwrap_or(0);
     let value = if len < 64 { shifted & ((1 << len) - 1) } else { shifted };
     cpu.set_reg(insn.i.op0_register(), value);
-    // SF is undefined here; it stays.
-    cpu.set_flags(CF | OF | ZF, flag(ZF, value == 0));
+    // SF is undefined here, and clear on Intel's CPUs.
+    cpu.set_arith(flag(ZF, value == 0));
     Ok(())
 }
 

@@ -90,7 +90,7 @@ impl Random {
         let mut code = Vec::new();
         if self.one_in(8) {
             let inverted = self.byte();
-            code.extend([0xc4, inverted & 0xe0 | 2 + inverted % 2, self.byte() & 0xfb, 0xf0 | self.byte()]);
+            code.extend([0xc4, inverted & 0xe0 | (2 + inverted % 2), self.byte() & 0xfb, 0xf0 | self.byte()]);
         } else {
             if self.one_in(3) {
                 code.push(self.pick(&[0x66, 0x66, 0xf2, 0xf3]));

@@ -1,5 +1,5 @@
-//! Shifts and rotates. What the manual leaves undefined (OF of more than one step, AF) is as the formulas for one step
-//! give it and clear, as on Intel's CPUs.
+//! Shifts and rotates. What the manual leaves undefined is as Intel's CPUs have it (measured on a Sapphire Rapids): OF
+//! of several steps is that of the first (rotates by an immediate apart), AF is clear.
 
 use iced_x86::{Instruction, Mnemonic};
 use ruse_arch::{
@@ -62,14 +62,14 @@ fn by_count(
     Ok(())
 }
 
-/// OF of a shift to the left: the sign changed in the last step.
-fn left_overflow(value: u64, carry: bool, size: usize) -> u64 {
-    flag(CF, carry) | flag(OF, (value & sign(size) != 0) != carry)
+/// OF of a shift to the left: its first step changes the sign.
+fn left_overflow(a: u64, size: usize) -> u64 {
+    flag(OF, (a ^ a << 1) & sign(size) != 0)
 }
 
-/// OF of a shift to the right: the two highest bits differ.
-fn right_overflow(value: u64, size: usize) -> u64 {
-    flag(OF, (value ^ value << 1) & sign(size) != 0)
+/// OF of a shift to the right: its first step, with `enters` as the new sign, changes the sign.
+fn right_overflow(a: u64, enters: bool, size: usize) -> u64 {
+    flag(OF, (a & sign(size) != 0) != enters)
 }
 
 fn shl(a: u64, count: u32, size: usize) -> (u64, u64) {
@@ -77,13 +77,13 @@ fn shl(a: u64, count: u32, size: usize) -> (u64, u64) {
     let wide = u128::from(a) << count;
     let value = wide as u64 & mask(size);
     let carry = wide >> (size * 8) & 1 != 0;
-    (value, szp(value, size) | left_overflow(value, carry, size))
+    (value, szp(value, size) | flag(CF, carry) | left_overflow(a, size))
 }
 
 fn shr(a: u64, count: u32, size: usize) -> (u64, u64) {
     let value = a >> count;
     let flags = szp(value, size) | flag(CF, a >> (count - 1) & 1 != 0);
-    (value, flags | right_overflow(value, size))
+    (value, flags | right_overflow(a, false, size))
 }
 
 fn sar(a: u64, count: u32, size: usize) -> (u64, u64) {
@@ -101,13 +101,13 @@ fn rotate(a: u128, count: u32, bits: u32) -> u128 {
 
 fn rol(a: u64, count: u32, size: usize) -> (u64, u64) {
     let value = rotate(u128::from(a), count, size as u32 * 8) as u64;
-    (value, left_overflow(value, value & 1 != 0, size))
+    (value, flag(CF, value & 1 != 0) | left_overflow(a, size))
 }
 
 fn ror(a: u64, count: u32, size: usize) -> (u64, u64) {
     let bits = size as u32 * 8;
     let value = rotate(u128::from(a), bits - count % bits, bits) as u64;
-    (value, flag(CF, value & sign(size) != 0) | right_overflow(value, size))
+    (value, flag(CF, value & sign(size) != 0) | right_overflow(a, a & 1 != 0, size))
 }
 
 /// RCL and RCR: CF is one more bit above the operand.
@@ -124,9 +124,8 @@ fn through_carry(cpu: &mut Cpu, insn: &Insn, left: bool) -> Result<(), Exception
         let by = if left { count } else { bits + 1 - count };
         let wide = rotate(carry << bits | u128::from(a), by, bits + 1);
         let value = wide as u64 & mask(size);
-        let out = wide >> bits & 1 != 0;
-        flags =
-            if left { left_overflow(value, out, size) } else { flag(CF, out) | right_overflow(value, size) };
+        let overflow = if left { left_overflow(a, size) } else { right_overflow(a, carry != 0, size) };
+        flags = flag(CF, wide >> bits & 1 != 0) | overflow;
         value
     })?;
     if count != 0 {
@@ -163,19 +162,23 @@ fn double(
 /// Counts above 16 of 16-bit operands are undefined; hardware then takes bits of the first operand again.
 fn shld(a: u64, b: u64, count: u32, size: usize) -> (u64, u64) {
     let bits = size as u32 * 8;
-    let (a, b) = (u128::from(a), u128::from(b));
+    let (upper, lower) = (u128::from(a), u128::from(b));
     // The operands side by side, the result's place on top.
-    let (wide, width) = if size == 8 { (a << 64 | b, 128) } else { ((a << bits | b) << bits | a, 3 * bits) };
+    let (wide, width) = if size == 8 {
+        (upper << 64 | lower, 128)
+    } else {
+        ((upper << bits | lower) << bits | upper, 3 * bits)
+    };
     let value = (wide << count >> (width - bits)) as u64 & mask(size);
     let carry = wide >> (width - count) & 1 != 0;
-    (value, left_overflow(value, carry, size))
+    (value, flag(CF, carry) | left_overflow(a, size))
 }
 
 fn shrd(a: u64, b: u64, count: u32, size: usize) -> (u64, u64) {
     let bits = size as u32 * 8;
-    let (a, b) = (u128::from(a), u128::from(b));
-    let wide = if size == 8 { b << 64 | a } else { (a << bits | b) << bits | a };
+    let (lower, upper) = (u128::from(a), u128::from(b));
+    let wide = if size == 8 { upper << 64 | lower } else { (lower << bits | upper) << bits | lower };
     let value = (wide >> count) as u64 & mask(size);
     let carry = wide >> (count - 1) & 1 != 0;
-    (value, flag(CF, carry) | right_overflow(value, size))
+    (value, flag(CF, carry) | right_overflow(a, b & 1 != 0, size))
 }
