@@ -66,7 +66,6 @@ pub struct Mmu {
     view: usize,
     tick: u64,
     jump_miss: *const u8,
-    jump_mode: u32,
     kernel_generation: u32,
     /// Kernel mappings with code are all global, so that they outlive a change of CR3.
     kernel_code_global: bool,
@@ -89,7 +88,6 @@ impl Mmu {
             view: KERNEL,
             tick: 0,
             jump_miss: std::ptr::null(),
-            jump_mode: 0,
             kernel_generation: next_generation(),
             kernel_code_global: true,
             fills: 0,
@@ -124,11 +122,7 @@ impl Mmu {
     /// Chooses the view for a privilege; returns what generated code probes.
     pub fn select(&mut self, user: bool, ac: bool) -> (*mut Entry, *mut Jump) {
         self.view = view_index(user, ac);
-        let mode = self.jump_mode;
-        // Fetches do not look at AC: both kernel views share a jump cache.
-        let jump_view = self.view_mut(if user { USER } else { KERNEL });
-        jump_view.set_jump_mode(mode);
-        let jumps = jump_view.jumps_ptr();
+        let jumps = self.jump_view().jumps_ptr();
         (self.view_mut(self.view).entries_ptr(), jumps)
     }
 
@@ -137,9 +131,14 @@ impl Mmu {
         [!smap, true].map(|ac| self.view_mut(view_index(false, ac)).entries_ptr())
     }
 
-    /// Says which kind of code runs (a key of the translator); takes effect with the next [`Mmu::select`].
+    /// Says which kind of code (a key of the translator) the jump cache in force is for.
     pub fn set_jump_mode(&mut self, mode: u32) {
-        self.jump_mode = mode;
+        self.jump_view().set_jump_mode(mode);
+    }
+
+    /// Fetches do not look at AC: both kernel views share a jump cache.
+    fn jump_view(&mut self) -> &mut View {
+        self.view_mut(if self.view == USER { USER } else { KERNEL })
     }
 
     /// The view in force.
@@ -257,8 +256,7 @@ impl Mmu {
 
     /// Enters a translation of code at `va` into the jump cache in force.
     pub fn fill_jump(&mut self, va: u64, host: *const u8) {
-        let view = if self.view == KERNEL_AC { KERNEL } else { self.view };
-        self.view_mut(view).fill_jump(va, host);
+        self.jump_view().fill_jump(va, host);
     }
 
     /// Walks the page tables without touching the TLB.

@@ -342,8 +342,8 @@ impl DbtVcpu {
     pub(super) fn enter(&mut self, block: u32, mode: CodeMode) {
         let entry = self.blocks.entry(block);
         let cpu = &mut *self.cpu;
-        cpu.mmu.set_jump_mode(mode.bits());
         cpu.select_view();
+        cpu.mmu.set_jump_mode(mode.bits());
         cpu.kernel_generation = cpu.mmu.kernel_generation();
         if !self.options.check {
             let va = cpu.rip;
