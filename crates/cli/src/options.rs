@@ -56,7 +56,7 @@ pub struct RunOptions {
     /// Kernel: a bzImage, an ELF image with a PVH note, or a multiboot kernel [default: the default guest's].
     #[arg(long, value_name = "PATH")]
     pub kernel: Option<PathBuf>,
-    /// Initial RAM disk, or modules of a multiboot kernel: PATH[ ARGUMENTS][,...].
+    /// Initial RAM disk; several, or modules of a multiboot kernel, as PATH,PATH.
     #[arg(long, value_name = "PATH")]
     pub initrd: Option<PathBuf>,
     /// Command line of the kernel; for the default guest's kernel more words after its own.
