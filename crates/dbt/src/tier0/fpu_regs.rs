@@ -57,6 +57,18 @@ impl FpuArea {
     pub(super) fn fsw(&self) -> u16 {
         self.word(2)
     }
+    /// Sets the status word of a stack that keeps its registers: the image holds them in stack order, so they turn
+    /// with the top.
+    pub(super) fn turn_to_fsw(&mut self, value: u16) {
+        let by = (usize::from(value >> 11 & 7) + 8 - self.top()) % 8;
+        self.fxsave[32..160].rotate_left(16 * by);
+        self.set_fsw(value);
+    }
+    /// Any MMX instruction but EMMS sets the stack's top to 0 and all registers to not empty (SDM volume 1, 9.5.1).
+    pub(super) fn enter_mmx(&mut self) {
+        self.turn_to_fsw(self.fsw() & !(7 << 11));
+        self.fxsave[4] = 0xff;
+    }
     /// Sets the x87 status word as it is.
     pub(super) fn set_fsw(&mut self, value: u16) {
         self.set_word(2, value);
@@ -115,10 +127,10 @@ impl FpuArea {
         self.fxsave[24..28].copy_from_slice(&value.to_le_bytes());
     }
 
-    /// The x87 registers, pointers and words as after FNINIT; the contents of the registers stay.
+    /// The x87 pointers and words as after FNINIT; the contents of the registers stay.
     pub(super) fn init_x87(&mut self) {
         self.set_fcw(FCW_INIT);
-        self.set_fsw(0);
+        self.turn_to_fsw(0);
         self.fxsave[4] = 0;
         self.set_last_x87([0; 18]);
     }

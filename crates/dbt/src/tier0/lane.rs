@@ -74,6 +74,10 @@ pub(super) fn run_simd(cpu: &mut Cpu, insn: &Insn, touches_x87: bool) -> Result<
             cpu.fpu = before;
             let seen = if unmasked & mxcsr::BEFORE != 0 { raised & mxcsr::BEFORE } else { raised };
             cpu.fpu.set_mxcsr(guest | seen);
+            if touches_x87 {
+                // MMX mode is entered before the operation (seen on Intel's CPUs).
+                cpu.fpu.enter_mmx();
+            }
             let handled = cpu.paging.cr4 & cr4::OSXMMEXCPT != 0;
             return Err(if handled { Exception::XM } else { Exception::UD });
         }
@@ -210,6 +214,8 @@ fn is_aligned(i: &Instruction, size: usize) -> bool {
                         | Mnemonic::Lddqu
                         | Mnemonic::Pcmpestri
                         | Mnemonic::Pcmpestrm
+                        | Mnemonic::Pcmpestri64
+                        | Mnemonic::Pcmpestrm64
                         | Mnemonic::Pcmpistri
                         | Mnemonic::Pcmpistrm
                 )

@@ -67,18 +67,9 @@ fn store_bytes(cpu: &mut Cpu, insn: &Insn, mmx: bool) -> Result<(), Exception> {
         }
     }
     if mmx {
-        enter_mmx(cpu);
+        cpu.fpu.enter_mmx();
     }
     Ok(())
-}
-
-/// Any MMX instruction but EMMS sets the stack's top to 0 and all registers to not empty (SDM volume 1, 9.5.1). The
-/// registers of the image are in stack order, so they turn.
-fn enter_mmx(cpu: &mut Cpu) {
-    let top = cpu.fpu.top();
-    cpu.fpu.fxsave[32..160].rotate_right(16 * top);
-    cpu.fpu.set_fsw(cpu.fpu.fsw() & !(7 << 11));
-    cpu.fpu.fxsave[4] = 0xff;
 }
 
 /// VMASKMOV and VPMASKMOV: elements whose mask is clear are zero in a load, not accessed in a store.
@@ -138,16 +129,16 @@ fn gather(cpu: &mut Cpu, insn: &Insn, size: usize, index_size: usize) -> Result<
         mask_left[n * size..(n + 1) * size].fill(0);
     }
     if result.is_ok() {
-        mask_left = [0; 32];
+        mask_left.fill(0);
         value[count * size..].fill(0);
     } else {
-        // What was not chosen keeps a mask of zero or ones, as the first look at it left it.
-        for (n, part) in mask_left.chunks_exact_mut(size).enumerate().take(count) {
-            let ones = part[size - 1] >> 7 != 0 && n < count;
+        // As seen on Intel's CPUs: the mask is ones or zeroes over the vector's length, the target keeps its rest.
+        let wide = target.is_ymm() || indices.is_ymm();
+        let length = if wide { 32 } else { 16 };
+        for (n, part) in mask_left.chunks_exact_mut(size).enumerate() {
+            let ones = part[size - 1] >> 7 != 0 && n * size < length;
             part.fill(if ones { 0xff } else { 0 });
         }
-        mask_left[count * size..].fill(0);
-        value[count * size..].fill(0);
     }
     cpu.fpu.set_ymm(numbers[0], &value);
     cpu.fpu.set_ymm(numbers[2], &mask_left);

@@ -78,10 +78,25 @@ fn classify(insn: &Insn) -> Option<Class> {
         EncodingKind::Legacy if registers().any(|r| r.is_mm()) => Some(Class::Mmx { xmm: vector }),
         // Enters MMX mode with a source in memory too (SDM volume 2, CVTPI2PS).
         EncodingKind::Legacy if i.mnemonic() == Mnemonic::Cvtpi2ps => Some(Class::Mmx { xmm: true }),
-        EncodingKind::Legacy if vector => Some(Class::Sse),
-        EncodingKind::VEX if vector => Some(Class::Avx),
+        EncodingKind::Legacy if vector || is_to_general(i.mnemonic()) => Some(Class::Sse),
+        EncodingKind::VEX if vector || is_to_general(i.mnemonic()) => Some(Class::Avx),
         _ => None,
     }
+}
+
+/// Instructions that may have no vector register: from memory to a general register.
+fn is_to_general(m: Mnemonic) -> bool {
+    matches!(
+        m,
+        Mnemonic::Cvtsd2si
+            | Mnemonic::Cvtss2si
+            | Mnemonic::Cvttsd2si
+            | Mnemonic::Cvttss2si
+            | Mnemonic::Vcvtsd2si
+            | Mnemonic::Vcvtss2si
+            | Mnemonic::Vcvttsd2si
+            | Mnemonic::Vcvttss2si
+    )
 }
 
 /// SDM volume 2, table 2-18 and those after it; volume 3, 12.1 and 13.1.

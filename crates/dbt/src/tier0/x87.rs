@@ -177,7 +177,7 @@ impl Layout {
             ),
         };
         fpu.set_fcw(field(0) as u16);
-        fpu.set_fsw(field(1) as u16);
+        fpu.turn_to_fsw(field(1) as u16);
         fpu.fxsave[4] = (0..8).filter(|n| field(2) >> (2 * n) & 3 != 3).map(|n| 1 << n).sum();
         fpu.set_fop(fop as u16);
         fpu.set_fip(u64::from(fip));
