@@ -320,6 +320,9 @@ impl Blocks {
         let block = &self.blocks[index];
         let inside = offset - block.host;
         let mark = &block.marks[block.marks.partition_point(|m| m.host <= inside).checked_sub(1)?];
-        Some(GuestPoint { rip: block.key.va.wrapping_add(u64::from(mark.guest)), host_flags: mark.host_flags })
+        Some(GuestPoint {
+            rip: block.key.va.wrapping_add(u64::from(mark.guest)),
+            host_flags: mark.host_flags,
+        })
     }
 }

@@ -5,9 +5,7 @@ use std::sync::{
     atomic::{AtomicBool, Ordering},
 };
 
-use ruse_engine::{
-    Capabilities, Clock, CpuidTable, Engine, EngineError, Vcpu, VcpuHandle, Vm,
-};
+use ruse_engine::{Capabilities, Clock, CpuidTable, Engine, EngineError, Vcpu, VcpuHandle, Vm};
 use ruse_memory::GuestRam;
 
 use super::vcpu::DbtVcpu;

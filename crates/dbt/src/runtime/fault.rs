@@ -63,8 +63,7 @@ impl SignalStack {
 
     fn new() -> Self {
         let mut memory = vec![0u8; Self::SIZE].into_boxed_slice();
-        let stack =
-            libc::stack_t { ss_sp: memory.as_mut_ptr().cast(), ss_flags: 0, ss_size: Self::SIZE };
+        let stack = libc::stack_t { ss_sp: memory.as_mut_ptr().cast(), ss_flags: 0, ss_size: Self::SIZE };
         // SAFETY: the memory stays where it is until `drop` disables the stack.
         unsafe { libc::sigaltstack(&stack, std::ptr::null_mut()) };
         Self { memory }

@@ -5,6 +5,6 @@ mod check;
 pub mod engine;
 mod enter;
 mod fault;
-pub mod vcpu;
 #[cfg(test)]
 mod tests;
+pub mod vcpu;

@@ -74,12 +74,17 @@ impl DbtVcpu {
     pub(super) fn run_until_fault(&mut self, bus: &dyn Bus) -> Exception {
         enter::set_gs(&self.cpu);
         fault::arm(&self.blocks.code_range(), self.blocks.thunks().exit_fault);
-        Cpu::attach(self, |this| &mut this.cpu, bus, |this| loop {
-            this.serve_requests();
-            if let Err(fault) = this.execute() {
-                return fault;
-            }
-        })
+        Cpu::attach(
+            self,
+            |this| &mut this.cpu,
+            bus,
+            |this| loop {
+                this.serve_requests();
+                if let Err(fault) = this.execute() {
+                    return fault;
+                }
+            },
+        )
     }
 
     fn run_loop(&mut self) -> Result<Halt, EngineError> {
@@ -375,7 +380,8 @@ impl DbtVcpu {
                 tier0::step(&mut self.cpu)
             }
             exit::FAULT => {
-                let point = self.blocks.locate(value).expect("generated code has marks from its first byte on");
+                let point =
+                    self.blocks.locate(value).expect("generated code has marks from its first byte on");
                 self.cpu.rip = point.rip;
                 if point.host_flags {
                     let flags = self.cpu.scratch[1];
@@ -425,12 +431,17 @@ impl Vcpu for DbtVcpu {
     fn run(&mut self, bus: &dyn Bus) -> Result<Halt, EngineError> {
         enter::set_gs(&self.cpu);
         fault::arm(&self.blocks.code_range(), self.blocks.thunks().exit_fault);
-        Cpu::attach(self, |this| &mut this.cpu, bus, |this| {
-            let result = this.run_loop();
-            // The host's x87 registers belong to this thread; whoever asks for the state may be another.
-            vector::spill_x87(&mut this.cpu);
-            result
-        })
+        Cpu::attach(
+            self,
+            |this| &mut this.cpu,
+            bus,
+            |this| {
+                let result = this.run_loop();
+                // The host's x87 registers belong to this thread; whoever asks for the state may be another.
+                vector::spill_x87(&mut this.cpu);
+                result
+            },
+        )
     }
 
     fn handle(&self) -> Arc<dyn VcpuHandle> {

@@ -11,11 +11,11 @@ mod flags;
 mod misc;
 mod mov;
 mod muldiv;
+#[cfg(test)]
+mod native;
 mod shift;
 mod stack_ops;
 mod string;
-#[cfg(test)]
-mod native;
 #[cfg(test)]
 mod tests;
 
