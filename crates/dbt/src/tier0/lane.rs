@@ -53,7 +53,10 @@ pub(super) fn run_simd(cpu: &mut Cpu, insn: &Insn, touches_x87: bool) -> Result<
         let guest = cpu.fpu.mxcsr();
         let all_masked = guest & mxcsr::MASKS == mxcsr::MASKS;
         let before = (!all_masked).then_some(cpu.fpu);
-        let mut control = guest & (mxcsr::DEFINED & !mxcsr::FLAGS) | mxcsr::MASKS;
+        let mut control = guest & mxcsr::DEFINED;
+        if !all_masked {
+            control = control & !mxcsr::FLAGS | mxcsr::MASKS;
+        }
         if guest & mxcsr::UE << mxcsr::MASK_SHIFT == 0 {
             // Unmasked, every tiny result is an underflow; masked, only an inexact one, unless results are flushed.
             control |= mxcsr::FTZ;

@@ -117,7 +117,7 @@ fn gather(cpu: &mut Cpu, insn: &Insn, size: usize, index_size: usize) -> Result<
     let offsets = cpu.fpu.ymm(numbers[1]);
     let mut value = cpu.fpu.ymm(numbers[0]);
     let mut mask_left = cpu.fpu.ymm(numbers[2]);
-    let mut result = Ok(());
+    let (mut result, mut loaded) = (Ok(()), false);
     for n in 0..count {
         if is_set(&mask_left, n, size) {
             let offset = element_offset(cpu, insn, &offsets, n, index_size);
@@ -125,14 +125,17 @@ fn gather(cpu: &mut Cpu, insn: &Insn, size: usize, index_size: usize) -> Result<
             if result.is_err() {
                 break;
             }
+            loaded = true;
         }
         mask_left[n * size..(n + 1) * size].fill(0);
     }
+    if result.is_ok() || loaded {
+        value[count * size..].fill(0);
+    }
     if result.is_ok() {
         mask_left.fill(0);
-        value[count * size..].fill(0);
     } else {
-        // As seen on Intel's CPUs: the mask is ones or zeroes over the vector's length, the target keeps its rest.
+        // As seen on Intel's CPUs: the mask is ones or zeroes over the vector's length.
         let wide = target.is_ymm() || indices.is_ymm();
         let length = if wide { 32 } else { 16 };
         for (n, part) in mask_left.chunks_exact_mut(size).enumerate() {

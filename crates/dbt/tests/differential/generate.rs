@@ -3,7 +3,7 @@
 use std::ops::RangeInclusive;
 
 use iced_x86::{
-    Code, CpuidFeature, EncodingKind, Encoder, FlowControl, Instruction, Mnemonic, OpCodeOperandKind as Kind,
+    Code, CpuidFeature, Encoder, EncodingKind, FlowControl, Instruction, Mnemonic, OpCodeOperandKind as Kind,
     RflagsBits,
 };
 
@@ -54,10 +54,40 @@ fn is_left_out(code: Code) -> bool {
     use Mnemonic as M;
     matches!(
         code.mnemonic(),
-        M::Cpuid | M::Rdtsc | M::Sgdt | M::Sidt | M::Sldt | M::Str | M::Smsw | M::Lsl | M::Lar | M::Verr | M::Verw
-            | M::Lss | M::Lfs | M::Lgs | M::Syscall | M::Hlt | M::Cli | M::Sti | M::Popf | M::Popfq | M::Pushf
-            | M::In | M::Insb | M::Insw | M::Insd | M::Out | M::Outsb | M::Outsw | M::Outsd | M::Fnstenv
-            | M::Fnsave | M::Int3 | M::Int1 | M::Int
+        M::Cpuid
+            | M::Rdtsc
+            | M::Sgdt
+            | M::Sidt
+            | M::Sldt
+            | M::Str
+            | M::Smsw
+            | M::Lsl
+            | M::Lar
+            | M::Verr
+            | M::Verw
+            | M::Lss
+            | M::Lfs
+            | M::Lgs
+            | M::Syscall
+            | M::Hlt
+            | M::Cli
+            | M::Sti
+            | M::Popf
+            | M::Popfq
+            | M::Pushf
+            | M::In
+            | M::Insb
+            | M::Insw
+            | M::Insd
+            | M::Out
+            | M::Outsb
+            | M::Outsw
+            | M::Outsd
+            | M::Fnstenv
+            | M::Fnsave
+            | M::Int3
+            | M::Int1
+            | M::Int
     ) || matches!(code, Code::Bswap_r16 | Code::Ud0_r16_rm16 | Code::Ud0_r32_rm32 | Code::Ud0_r64_rm64)
 }
 
@@ -86,8 +116,19 @@ fn is_tried(code: Code) -> bool {
         && !info.op_kinds().iter().any(|k| {
             matches!(
                 k,
-                Kind::seg_reg | Kind::fs | Kind::gs | Kind::es | Kind::cs | Kind::ss | Kind::ds | Kind::br16_1
-                    | Kind::br32_1 | Kind::br16_2 | Kind::br32_4 | Kind::farbr2_2 | Kind::farbr4_2
+                Kind::seg_reg
+                    | Kind::fs
+                    | Kind::gs
+                    | Kind::es
+                    | Kind::cs
+                    | Kind::ss
+                    | Kind::ds
+                    | Kind::br16_1
+                    | Kind::br32_1
+                    | Kind::br16_2
+                    | Kind::br32_4
+                    | Kind::farbr2_2
+                    | Kind::farbr4_2
             )
         })
 }
@@ -206,8 +247,7 @@ fn pad(part: &mut [u8]) {
 
 /// A case with inputs and no instructions yet.
 fn blank(seed: u64, count: usize, random: &mut Random) -> Case {
-    let mut case =
-        Case { seed, state: State::ZERO, code: [0; SLOT * MOST], count, undefined: [0; MOST + 1] };
+    let mut case = Case { seed, state: State::ZERO, code: [0; SLOT * MOST], count, undefined: [0; MOST + 1] };
     for slot in case.code.chunks_exact_mut(SLOT) {
         pad(slot);
     }
@@ -258,7 +298,11 @@ fn number(random: &mut Random) -> u64 {
 
 fn floating(fpu: &mut [u8; 832], random: &mut Random) {
     let ordinary = random.chance(60);
-    let fcw: u16 = if ordinary { 0x37f } else { 0x40 | (random.next() as u16 & 0xf3f) | u16::from(random.chance(60)) * 0x3f };
+    let fcw: u16 = if ordinary {
+        0x37f
+    } else {
+        0x40 | (random.next() as u16 & 0xf3f) | u16::from(random.chance(60)) * 0x3f
+    };
     let mut fsw = random.next() as u16 & 0x7f00;
     if random.chance(30) {
         fsw |= random.next() as u16 & 0x3f & if random.chance(10) { 0x3f } else { fcw };
@@ -271,7 +315,8 @@ fn floating(fpu: &mut [u8; 832], random: &mut Random) {
     let any = random.next() as u8;
     fpu[4] = random.pick(&[0, 0xff, 0x0f, 0xf0, any]);
     let unmasked = random.next() as u32 & if random.chance(30) { 0xffff } else { 0xe07f };
-    let mxcsr: u32 = if random.chance(60) { 0x1f80 } else { unmasked | if unmasked & 0x1f80 == 0 { 0x1f80 } else { 0 } };
+    let mxcsr: u32 =
+        if random.chance(60) { 0x1f80 } else { unmasked | if unmasked & 0x1f80 == 0 { 0x1f80 } else { 0 } };
     fpu[24..28].copy_from_slice(&mxcsr.to_le_bytes());
     fpu[28..32].copy_from_slice(&0xffffu32.to_le_bytes());
     for n in 0..8 {

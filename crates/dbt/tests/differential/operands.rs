@@ -64,8 +64,14 @@ pub fn instruction(code: Code, gpr: &[u64; 16], target: u64, random: &mut Random
         }
         if matches!(
             kind,
-            Kind::mem | Kind::r8_or_mem | Kind::r16_or_mem | Kind::r32_or_mem | Kind::r64_or_mem
-                | Kind::mm_or_mem | Kind::xmm_or_mem | Kind::ymm_or_mem
+            Kind::mem
+                | Kind::r8_or_mem
+                | Kind::r16_or_mem
+                | Kind::r32_or_mem
+                | Kind::r64_or_mem
+                | Kind::mm_or_mem
+                | Kind::xmm_or_mem
+                | Kind::ymm_or_mem
         ) {
             memory(&mut i, n, gpr, random);
         }
@@ -91,7 +97,9 @@ fn register(kind: Kind, random: &mut Random) -> Option<Register> {
     let memory_too = random.chance(55);
     let n = random.below(16);
     Some(match kind {
-        Kind::r8_or_mem | Kind::r16_or_mem | Kind::r32_or_mem | Kind::r64_or_mem if memory_too => return None,
+        Kind::r8_or_mem | Kind::r16_or_mem | Kind::r32_or_mem | Kind::r64_or_mem if memory_too => {
+            return None;
+        }
         Kind::mm_or_mem | Kind::xmm_or_mem | Kind::ymm_or_mem if memory_too => return None,
         Kind::r8_or_mem | Kind::r8_reg | Kind::r8_opcode => nth(Register::AL, random.below(20)),
         Kind::r16_or_mem | Kind::r16_reg | Kind::r16_rm | Kind::r16_opcode => nth(Register::AX, n),
@@ -174,8 +182,7 @@ fn memory(i: &mut Instruction, n: u32, gpr: &[u64; 16], random: &mut Random) {
         let base = random.below(16);
         let index = random.chance(40).then(|| random.below(16)).filter(|&x| x != 4);
         let scale = 1u64 << random.below(4);
-        let known = gpr[base as usize]
-            .wrapping_add(index.map_or(0, |x| gpr[x as usize].wrapping_mul(scale)));
+        let known = gpr[base as usize].wrapping_add(index.map_or(0, |x| gpr[x as usize].wrapping_mul(scale)));
         let displacement = target.wrapping_sub(known);
         let fits = displacement as i64 == i64::from(displacement as i32);
         if !fits && !narrow {
@@ -188,7 +195,11 @@ fn memory(i: &mut Instruction, n: u32, gpr: &[u64; 16], random: &mut Random) {
         }
         let displacement = if narrow { displacement & 0xffff_ffff } else { displacement };
         i.set_memory_displacement64(displacement);
-        i.set_memory_displ_size(if displacement == 0 && base % 8 != 5 { 0 } else { if narrow { 4 } else { 8 } });
+        i.set_memory_displ_size(if displacement == 0 && base % 8 != 5 {
+            0
+        } else {
+            if narrow { 4 } else { 8 }
+        });
         return;
     }
     i.set_memory_displacement64(target);

@@ -218,6 +218,7 @@ fn execute(cpu: &mut Cpu, insn: &Insn) -> Result<(), Exception> {
     }
     // MOVS, STOS and LODS repeat with either prefix.
     let compares = matches!(kind, Kind::Cmps | Kind::Scas);
+    let flags = cpu.rflags;
     // Single steps stop after each iteration.
     let mut budget = if cpu.rflags & TF != 0 { 1 } else { BUDGET / op.size as u64 };
     loop {
@@ -231,7 +232,11 @@ fn execute(cpu: &mut Cpu, insn: &Insn) -> Result<(), Exception> {
         }
         let mut done = op.chunk(cpu, left.min(budget));
         if done == 0 {
-            op.element(cpu)?;
+            if let Err(fault) = op.element(cpu) {
+                // A fault gives the flags of the start back (SDM volume 2, REP).
+                cpu.rflags = flags;
+                return Err(fault);
+            }
             done = 1;
         }
         op.advance(cpu, RCX, done.wrapping_neg());
