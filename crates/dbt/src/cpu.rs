@@ -141,7 +141,7 @@ pub struct Cpu {
     pub bounce: Bounce,
     /// Vector and x87 registers.
     pub fpu: FpuArea,
-    /// Host MXCSR to go back to.
+    /// Scratch for the host's MXCSR.
     pub host_mxcsr: u32,
     /// Host stack pointer to go back to.
     pub host_rsp: u64,

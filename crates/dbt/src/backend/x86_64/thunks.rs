@@ -52,6 +52,13 @@ const PINNED: [(u8, usize); 13] = [
     (12, 12),
 ];
 
+/// The guest's MXCSR in its FXSAVE image.
+const MXCSR: Mem = Mem::Block(block::FPU + 24);
+/// All but the sticky flags (SDM volume 1, 10.2.3).
+const MXCSR_CONTROL: u32 = 0xffc0;
+/// All exceptions masked, round to nearest.
+const MXCSR_DEFAULT: u32 = 0x1f80;
+
 /// Registers that a function keeps for its caller (System V ABI), in push order.
 const CALLEE_SAVED: [u8; 6] = [3, 5, 12, 13, 14, 15];
 
@@ -110,10 +117,15 @@ fn enter(asm: &mut Asm, avx: bool) {
     // Six registers and the return address: one word more aligns the stack for calls.
     add_rsp(asm, -8);
     asm.store(block::HOST_RSP, RSP);
-    asm.mem(&[], false, &[0x0f, 0xae], 3, block::HOST_MXCSR); // stmxcsr
     asm.store(block::scratch(7), 7);
     load_vectors(asm, avx);
-    asm.mem(&[], false, &[0x0f, 0xae], 2, Mem::Block(block::FPU + 24)); // ldmxcsr
+    // LDMXCSR is slow, and mostly the right value is there already.
+    asm.mem(&[], false, &[0x0f, 0xae], 3, block::HOST_MXCSR); // stmxcsr
+    asm.mem(&[], false, &[0x8b], 0, MXCSR); // mov eax, [mxcsr]
+    asm.mem(&[], false, &[0x3b], 0, block::HOST_MXCSR); // cmp eax, [host_mxcsr]
+    let same = asm.jcc(cc::E, 0);
+    asm.mem(&[], false, &[0x0f, 0xae], 2, MXCSR); // ldmxcsr
+    asm.bind(same);
     for (host, guest) in PINNED {
         asm.load(host, block::gpr(guest));
     }
@@ -132,8 +144,17 @@ fn leave_code(asm: &mut Asm, avx: bool) {
 }
 
 fn return_to_caller(asm: &mut Asm) {
-    asm.mem(&[], false, &[0x0f, 0xae], 3, Mem::Block(block::FPU + 24)); // stmxcsr
+    asm.mem(&[], false, &[0x0f, 0xae], 3, MXCSR); // stmxcsr
+    // Rust wants the default control bits; sticky flags do not disturb it.
+    asm.mem(&[], false, &[0x8b], 0, MXCSR); // mov eax, [mxcsr]
+    asm.bytes(&[0x25]); // and eax, control bits
+    asm.bytes(&MXCSR_CONTROL.to_le_bytes());
+    asm.bytes(&[0x3d]); // cmp eax, default
+    asm.bytes(&MXCSR_DEFAULT.to_le_bytes());
+    let usual = asm.jcc(cc::E, 0);
+    asm.store_imm32(block::HOST_MXCSR, MXCSR_DEFAULT);
     asm.mem(&[], false, &[0x0f, 0xae], 2, block::HOST_MXCSR); // ldmxcsr
+    asm.bind(usual);
     asm.load(RSP, block::HOST_RSP);
     add_rsp(asm, 8);
     for reg in CALLEE_SAVED.into_iter().rev() {
