@@ -12,13 +12,14 @@ use ruse_arch::{
     Exception,
     flags::{cr4, rflags},
     paging::Access,
-    state::reg,
+    state::{reg, seg},
 };
 
 use super::{
     Insn,
     fpu_regs::{FCW_INIT, fsw, mxcsr},
     lane_stub::{Io, OPERAND_FROM_RSP, Stubs},
+    operand::segment_index,
 };
 use crate::cpu::{Cpu, Who};
 
@@ -77,14 +78,12 @@ pub(super) fn run_simd(cpu: &mut Cpu, insn: &Insn, touches_x87: bool) -> Result<
             cpu.fpu = before;
             let seen = if unmasked & mxcsr::BEFORE != 0 { raised & mxcsr::BEFORE } else { raised };
             cpu.fpu.set_mxcsr(guest | seen);
-            if touches_x87 {
-                // MMX mode is entered before the operation (seen on Intel's CPUs).
-                cpu.fpu.enter_mmx();
-            }
             let handled = cpu.paging.cr4 & cr4::OSXMMEXCPT != 0;
             return Err(if handled { Exception::XM } else { Exception::UD });
         }
+        // The flags of a conversion stay where its store faults, and MMX mode is entered (seen on Intel's CPUs).
         cpu.fpu.set_mxcsr(guest | raised);
+        probe(cpu, &stub.meta, at)?;
         commit(cpu, &io, &stub.meta);
         store(cpu, &io, &stub.meta, at)
     })
@@ -95,6 +94,12 @@ pub(super) fn run_simd(cpu: &mut Cpu, insn: &Insn, touches_x87: bool) -> Result<
 pub(super) fn run_x87(cpu: &mut Cpu, insn: &Insn) -> Result<Option<u64>, Exception> {
     with_stub(cpu, insn, |cpu, stubs, stub| {
         let (mut io, at) = load(cpu, insn, &stub.meta)?;
+        let stores = stub.meta.memory.is_some_and(|operand| operand.write);
+        let all_masked = cpu.fpu.fcw() & fsw::FLAGS == fsw::FLAGS;
+        if all_masked {
+            probe(cpu, &stub.meta, at)?;
+        }
+        let image = (stores && !all_masked).then_some(cpu.fpu);
         let guest = cpu.fpu.mxcsr();
         cpu.fpu.set_mxcsr(mxcsr::DEFAULT);
         cpu.fpu.update_summary();
@@ -103,12 +108,18 @@ pub(super) fn run_x87(cpu: &mut Cpu, insn: &Insn) -> Result<Option<u64>, Excepti
         stubs.run(stub, &mut io, &mut cpu.fpu);
         cpu.fpu.set_last_x87(last);
         cpu.fpu.set_mxcsr(guest);
-        commit(cpu, &io, &stub.meta);
-        // An unmasked exception keeps the result of a store back (SDM volume 1, 8.5).
+        // An unmasked exception keeps the result of a store back (SDM volume 1, 8.5); memory is not looked at then.
         let raised = cpu.fpu.fsw() & !before & !cpu.fpu.fcw();
-        if raised & fsw::NO_STORE == 0 {
+        if stores && raised & fsw::NO_STORE == 0 {
+            if let Some(image) = image
+                && let Err(fault) = probe(cpu, &stub.meta, at)
+            {
+                cpu.fpu = image;
+                return Err(fault);
+            }
             store(cpu, &io, &stub.meta, at)?;
         }
+        commit(cpu, &io, &stub.meta);
         Ok(at)
     })
 }
@@ -237,6 +248,23 @@ fn is_aligned(i: &Instruction, size: usize) -> bool {
     }
 }
 
+/// Linear address of the memory operand before any check.
+fn unchecked_address(cpu: &Cpu, insn: &Insn) -> u64 {
+    let segment = segment_index(insn.i.memory_segment());
+    let based = !cpu.mode.code64 || segment >= seg::FS;
+    cpu.effective_address(insn).wrapping_add(if based { cpu.seg[segment].base } else { 0 })
+}
+
+/// Checks that the memory operand can be written, if it is to be.
+fn probe(cpu: &mut Cpu, meta: &Meta, at: Option<u64>) -> Result<(), Exception> {
+    match (meta.memory, at) {
+        (Some(operand), Some(la)) if operand.write => {
+            cpu.probe_linear(la, operand.size, Access::Write, Who::Current)
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Checks and reads the memory operand, and sets up the registers.
 fn load(cpu: &mut Cpu, insn: &Insn, meta: &Meta) -> Result<(Io, Option<u64>), Exception> {
     let mut io = Io::new(cpu.gpr, cpu.rflags & rflags::ARITH | rflags::FIXED);
@@ -245,13 +273,11 @@ fn load(cpu: &mut Cpu, insn: &Insn, meta: &Meta) -> Result<(Io, Option<u64>), Ex
     }
     let Some(operand) = meta.memory else { return Ok((io, None)) };
     let access = if operand.write { Access::Write } else { Access::Read };
-    let la = cpu.operand_address(insn, operand.size, access)?;
-    if operand.aligned && !la.is_multiple_of(operand.size as u64) {
+    if operand.aligned && !unchecked_address(cpu, insn).is_multiple_of(operand.size as u64) {
+        // Comes before the checks of the segment.
         return Err(Exception::gp(0));
     }
-    if operand.write {
-        cpu.probe_linear(la, operand.size, access, Who::Current)?;
-    }
+    let la = cpu.operand_address(insn, operand.size, access)?;
     if operand.read {
         cpu.read_linear(la, &mut io.memory[..operand.size], Who::Current)?;
     }

@@ -129,15 +129,16 @@ fn gather(cpu: &mut Cpu, insn: &Insn, size: usize, index_size: usize) -> Result<
         }
         mask_left[n * size..(n + 1) * size].fill(0);
     }
-    if result.is_ok() || loaded {
-        value[count * size..].fill(0);
-    }
+    let length = if target.is_ymm() || indices.is_ymm() { 32 } else { 16 };
     if result.is_ok() {
+        value[count * size..].fill(0);
         mask_left.fill(0);
     } else {
-        // As seen on Intel's CPUs: the mask is ones or zeroes over the vector's length.
-        let wide = target.is_ymm() || indices.is_ymm();
-        let length = if wide { 32 } else { 16 };
+        // As seen on Intel's CPUs: the mask is ones or zeroes over the vector's length; what lies behind the length is
+        // zero once an element was loaded.
+        if loaded {
+            value[length..].fill(0);
+        }
         for (n, part) in mask_left.chunks_exact_mut(size).enumerate() {
             let ones = part[size - 1] >> 7 != 0 && n * size < length;
             part.fill(if ones { 0xff } else { 0 });

@@ -214,8 +214,7 @@ fn xsave(cpu: &mut Cpu, insn: &Insn) -> Result<(), Exception> {
     }
     let written = if optimised { asked & used } else { asked };
     let image = legacy_image(cpu, insn);
-    let put =
-        |cpu: &mut Cpu, at: usize, bytes: &[u8]| cpu.write_linear(la + at as u64, bytes, Who::Current);
+    let put = |cpu: &mut Cpu, at: usize, bytes: &[u8]| cpu.write_linear(la + at as u64, bytes, Who::Current);
     if written & X87 != 0 {
         put(cpu, 0, &image[..24])?;
         put(cpu, 32, &image[32..160])?;

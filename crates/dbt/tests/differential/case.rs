@@ -9,7 +9,7 @@ pub const WINDOW: u64 = 0x1000_0000;
 /// Bytes of data.
 pub const WINDOW_BYTES: usize = 8192;
 /// Where the code lies.
-pub const CODE: u64 = 0x2000_0000;
+pub const CODE: u64 = 0x2b60_0000;
 /// Each instruction begins at a multiple of this.
 pub const SLOT: usize = 16;
 /// Most instructions of a case.

@@ -22,6 +22,10 @@ pub fn difference(case: &Case, expected: &Outcome, found: &Outcome) -> Option<St
     let mut text = String::new();
     let name = case.instruction_at(expected, found);
     let (fault, intel) = (expected.vector != NONE, is_intel());
+    // Bytes that a mask leaves out may or may not fault (SDM volume 2, MASKMOVDQU).
+    if (name.contains("askmovdqu") || name.contains("askmovq")) && expected.vector != found.vector {
+        return None;
+    }
     let mut differ = |what: String, a: String, b: String| {
         if a != b {
             text += &format!("  {what}: host {a}, found {b}\n");
@@ -54,12 +58,17 @@ pub fn difference(case: &Case, expected: &Outcome, found: &Outcome) -> Option<St
     // Whether a result that an unmasked underflow holds back is inexact too is not known.
     let mxcsr = |o: &Outcome| {
         let value = u32::from_le_bytes(o.state.fpu[24..28].try_into().unwrap());
-        if expected.vector == XM { value & !0x20 } else { value }
+        match expected.vector {
+            XM => value & !0x20,
+            // The conversion may come before the fault of its store.
+            _ if fault && name.contains("Vcvtps2ph") => 0,
+            _ => value,
+        }
     };
     differ("mxcsr".into(), format!("{:x}", mxcsr(expected)), format!("{:x}", mxcsr(found)));
     let hex = |bytes: &[u8]| bytes.iter().rev().map(|b| format!("{b:02x}")).collect::<String>();
     // An MMX instruction that faults may or may not have entered MMX mode.
-    if !(fault && (name == "Movntq_m64_mm" || !intel && name.contains("_mm"))) {
+    if !(fault && name.contains("_mm")) {
         differ("fsw".into(), word(&a.fpu, 2), word(&b.fpu, 2));
         differ("ftw".into(), format!("{:02x}", a.fpu[4]), format!("{:02x}", b.fpu[4]));
         for n in 0..8 {

@@ -5,7 +5,7 @@ use std::{arch::naked_asm, mem::offset_of};
 use crate::case::{CODE, Case, DIED, Executor, NONE, Outcome, SLOT, State, WINDOW, WINDOW_BYTES};
 
 /// Page of the child at a low address, for absolute addressing: a [`Control`].
-const CONTROL: u64 = 0x3000_0000;
+const CONTROL: u64 = 0x3b5a_d000;
 /// Where the cases and outcomes are in the parent and the child.
 const MOST_CASES: usize = 256;
 /// Seconds that a batch may take.

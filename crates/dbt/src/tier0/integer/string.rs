@@ -105,7 +105,10 @@ impl Op {
                 cpu.set_reg(accumulator(self.size), value);
             }
             Kind::Cmps => {
-                let (a, b) = (self.from(cpu, self.size)?, self.to(cpu, self.size, Access::Read)?);
+                // The destination first, as the host does.
+                let b = self.to(cpu, self.size, Access::Read)?;
+                cpu.probe_linear(b, self.size, Access::Read, Who::Current)?;
+                let a = self.from(cpu, self.size)?;
                 let a = cpu.read_value(a, self.size, Who::Current)?;
                 let b = cpu.read_value(b, self.size, Who::Current)?;
                 cpu.set_arith(sub(a, b, 0, self.size).1);
@@ -134,8 +137,8 @@ impl Op {
     /// The destination is checked before the source is read, which may be a device.
     fn copy_element(&self, cpu: &mut Cpu) -> Result<(), Exception> {
         let from = self.from(cpu, self.size)?;
-        let to = self.to(cpu, self.size, Access::Write)?;
         cpu.probe_linear(from, self.size, Access::Read, Who::Current)?;
+        let to = self.to(cpu, self.size, Access::Write)?;
         cpu.probe_linear(to, self.size, Access::Write, Who::Current)?;
         let value = cpu.read_value(from, self.size, Who::Current)?;
         cpu.write_value(to, value, self.size, Who::Current)
