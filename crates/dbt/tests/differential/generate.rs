@@ -301,7 +301,7 @@ fn floating(fpu: &mut [u8; 832], random: &mut Random) {
     let fcw: u16 = if ordinary {
         0x37f
     } else {
-        0x40 | (random.next() as u16 & 0xf3f) | u16::from(random.chance(60)) * 0x3f
+        0x40 | (random.next() as u16 & 0xf3f) | (u16::from(random.chance(60)) * 0x3f)
     };
     let mut fsw = random.next() as u16 & 0x7f00;
     if random.chance(30) {
