@@ -23,7 +23,7 @@ use case::{Case, Executor, Outcome};
 use generate::Generator;
 
 /// Cases of one kind that run by default.
-const DEFAULT_CASES: u64 = 60_000;
+const DEFAULT_CASES: u64 = 100_000;
 /// Cases that are handed to an executor at a time.
 const BATCH: usize = 128;
 /// Differences that are printed.

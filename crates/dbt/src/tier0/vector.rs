@@ -76,8 +76,6 @@ fn classify(insn: &Insn) -> Option<Class> {
     let vector = registers().any(|r| r.is_xmm() || r.is_ymm());
     match i.encoding() {
         EncodingKind::Legacy if registers().any(|r| r.is_mm()) => Some(Class::Mmx { xmm: vector }),
-        // Enters MMX mode with a source in memory too (SDM volume 2, CVTPI2PS).
-        EncodingKind::Legacy if i.mnemonic() == Mnemonic::Cvtpi2ps => Some(Class::Mmx { xmm: true }),
         EncodingKind::Legacy if vector || is_to_general(i.mnemonic()) => Some(Class::Sse),
         EncodingKind::VEX if vector || is_to_general(i.mnemonic()) => Some(Class::Avx),
         _ => None,
