@@ -28,6 +28,8 @@ mod task;
 #[cfg(test)]
 pub(crate) mod testing;
 pub(crate) mod vector;
+#[cfg(test)]
+mod vector_tests;
 mod x87;
 mod xsave;
 
