@@ -125,6 +125,8 @@ pub struct Cpu {
     pub user_generation: u32,
     /// The x87 registers are in the host's unit, not in `fpu`.
     pub x87_resident: u32,
+    /// The vector registers and MXCSR are in the host's registers, not in `fpu`; only while translated code runs.
+    pub vectors_resident: u32,
     /// An interrupt waits on the bus that IF holds back: generated code leaves when it sets IF.
     pub irq_waiting: u32,
     /// Why generated code was left (a number of the back end).
@@ -337,6 +339,7 @@ impl Cpu {
             kernel_generation: 0,
             user_generation: 0,
             x87_resident: 0,
+            vectors_resident: 0,
             irq_waiting: 0,
             exit_reason: 0,
             exit_value: 0,

@@ -129,6 +129,8 @@ pub struct Node {
     pub live_at_exit: u32,
     /// The x87 or MMX registers must be in the host's unit.
     pub x87: bool,
+    /// The vector registers must be in the host's.
+    pub vector: bool,
 }
 
 /// A region: what is translated as one piece.

@@ -102,6 +102,7 @@ impl Lifter {
     fn node(&mut self, insn: Instruction, mode: CodeMode) -> Node {
         let op = self.op(&insn, mode);
         let x87 = is_x87(&insn) && matches!(op, Op::Host(_));
+        let vector = is_vector(&insn) && matches!(op, Op::Host(_));
         let (reads, kills, writes) = match op {
             Op::Interpret | Op::PushFlags => (ARITH, 0, false),
             Op::Nop => (0, 0, false),
@@ -110,7 +111,7 @@ impl Lifter {
                 (insn.rflags_read() & ARITH, if may_keep_flags(&insn) { 0 } else { modified }, modified != 0)
             }
         };
-        Node { op, insn, reads, kills, writes, live_out: 0, live_at_exit: 0, x87 }
+        Node { op, insn, reads, kills, writes, live_out: 0, live_at_exit: 0, x87, vector }
     }
 
     fn op(&mut self, i: &Instruction, mode: CodeMode) -> Op {
@@ -338,21 +339,26 @@ fn must_interpret(i: &Instruction) -> bool {
 
 /// Whether the instruction may run in this mode without #NM or #UD.
 fn unit_available(i: &Instruction, mode: CodeMode) -> bool {
+    use iced_x86::EncodingKind;
+    if !matches!(i.encoding(), EncodingKind::Legacy | EncodingKind::VEX) {
+        return false;
+    }
+    let vector = is_vector(i);
+    (!is_x87(i) || mode.x87)
+        && (!vector || mode.sse)
+        && (!vector || i.encoding() == EncodingKind::Legacy || mode.avx)
+}
+
+/// Whether the instruction uses vector registers or MXCSR.
+fn is_vector(i: &Instruction) -> bool {
     use iced_x86::{CpuidFeature as F, EncodingKind};
     match i.encoding() {
-        EncodingKind::Legacy => {}
-        EncodingKind::VEX => {
-            let integer = i.cpuid_features().iter().all(|f| matches!(f, F::BMI1 | F::BMI2));
-            return integer || mode.avx;
+        EncodingKind::VEX => !i.cpuid_features().iter().all(|f| matches!(f, F::BMI1 | F::BMI2)),
+        _ => {
+            (0..i.op_count()).any(|op| i.op_kind(op) == OpKind::Register && i.op_register(op).is_xmm())
+                || matches!(i.mnemonic(), Mnemonic::Ldmxcsr | Mnemonic::Stmxcsr)
         }
-        _ => return false,
     }
-    if is_x87(i) {
-        return mode.x87;
-    }
-    let vector = (0..i.op_count()).any(|op| i.op_kind(op) == OpKind::Register && i.op_register(op).is_xmm())
-        || matches!(i.mnemonic(), Mnemonic::Ldmxcsr | Mnemonic::Stmxcsr);
-    !vector || mode.sse
 }
 
 /// Whether the instruction uses x87 or MMX state.

@@ -82,6 +82,14 @@ impl FpuArea {
     pub(super) fn x87_pending(&self) -> bool {
         self.fsw() & !self.fcw() & fsw::FLAGS != 0
     }
+    /// Takes a pending exception away, so that the host's unit does not raise it; what is returned goes back into the
+    /// status word.
+    pub(super) fn take_pending(&mut self) -> u16 {
+        let bits = if self.x87_pending() { fsw::FLAGS | fsw::SUMMARY } else { fsw::SUMMARY };
+        let taken = if self.x87_pending() { self.fsw() & bits } else { 0 };
+        self.set_fsw(self.fsw() & !bits);
+        taken
+    }
     /// Number of the register on the top of the stack.
     pub(super) fn top(&self) -> usize {
         usize::from(self.fsw() >> 11 & 7)

@@ -12,14 +12,13 @@ use ruse_arch::{
     Exception,
     flags::{cr4, rflags},
     paging::Access,
-    state::{reg, seg},
+    state::reg,
 };
 
 use super::{
     Insn,
     fpu_regs::{FCW_INIT, fsw, mxcsr},
     lane_stub::{Io, OPERAND_FROM_RSP, Stubs},
-    operand::segment_index,
 };
 use crate::cpu::{Cpu, Who};
 
@@ -70,7 +69,10 @@ pub(super) fn run_simd(cpu: &mut Cpu, insn: &Insn, touches_x87: bool) -> Result<
             cpu.fpu.fxsave[..5].copy_from_slice(&x87);
         }
         cpu.fpu.set_last_x87(last);
-        let raised = cpu.fpu.mxcsr() & mxcsr::FLAGS;
+        let mut raised = cpu.fpu.mxcsr() & mxcsr::FLAGS;
+        if insn.i.mnemonic() == Mnemonic::Vcvtps2ph && has_tiny_half(cpu, insn, &io) {
+            raised |= mxcsr::UE & !(guest >> mxcsr::MASK_SHIFT);
+        }
         let unmasked = raised & !(guest >> mxcsr::MASK_SHIFT);
         if unmasked != 0
             && let Some(before) = before
@@ -83,21 +85,30 @@ pub(super) fn run_simd(cpu: &mut Cpu, insn: &Insn, touches_x87: bool) -> Result<
         }
         // The flags of a conversion stay where its store faults, and MMX mode is entered (seen on Intel's CPUs).
         cpu.fpu.set_mxcsr(guest | raised);
-        probe(cpu, &stub.meta, at)?;
+        let at = settle(cpu, insn, &stub.meta, at)?;
         commit(cpu, &io, &stub.meta);
         store(cpu, &io, &stub.meta, at)
     })
 }
 
-/// Executes an x87 instruction under the guest's control word; no exception is pending. Returns the linear address of
-/// its memory operand.
-pub(super) fn run_x87(cpu: &mut Cpu, insn: &Insn) -> Result<Option<u64>, Exception> {
+/// Whether a conversion to half precision, which knows no flushing, has made a subnormal number: an underflow if that
+/// is not masked, exact or not.
+fn has_tiny_half(cpu: &Cpu, insn: &Insn, io: &Io) -> bool {
+    let halves = if insn.i.op1_register().is_ymm() { 16 } else { 8 };
+    let register = cpu.fpu.ymm((insn.i.op0_register() as usize).wrapping_sub(Register::XMM0 as usize) % 16);
+    let bytes = if insn.i.op0_kind() == OpKind::Memory { &io.memory[..halves] } else { &register[..halves] };
+    bytes.chunks_exact(2).any(|h| h[1] & 0x7c == 0 && (h[0] != 0 || h[1] & 3 != 0))
+}
+
+/// Executes an x87 instruction under the guest's control word; no exception is pending. Returns whether it has an
+/// operand in memory.
+pub(super) fn run_x87(cpu: &mut Cpu, insn: &Insn) -> Result<bool, Exception> {
     with_stub(cpu, insn, |cpu, stubs, stub| {
-        let (mut io, at) = load(cpu, insn, &stub.meta)?;
+        let (mut io, mut at) = load(cpu, insn, &stub.meta)?;
         let stores = stub.meta.memory.is_some_and(|operand| operand.write);
         let all_masked = cpu.fpu.fcw() & fsw::FLAGS == fsw::FLAGS;
         if all_masked {
-            probe(cpu, &stub.meta, at)?;
+            at = settle(cpu, insn, &stub.meta, at)?;
         }
         let image = (stores && !all_masked).then_some(cpu.fpu);
         let guest = cpu.fpu.mxcsr();
@@ -111,16 +122,13 @@ pub(super) fn run_x87(cpu: &mut Cpu, insn: &Insn) -> Result<Option<u64>, Excepti
         // An unmasked exception keeps the result of a store back (SDM volume 1, 8.5); memory is not looked at then.
         let raised = cpu.fpu.fsw() & !before & !cpu.fpu.fcw();
         if stores && raised & fsw::NO_STORE == 0 {
-            if let Some(image) = image
-                && let Err(fault) = probe(cpu, &stub.meta, at)
-            {
-                cpu.fpu = image;
-                return Err(fault);
+            if let Some(image) = image {
+                at = settle(cpu, insn, &stub.meta, at).inspect_err(|_| cpu.fpu = image)?;
             }
             store(cpu, &io, &stub.meta, at)?;
         }
         commit(cpu, &io, &stub.meta);
-        Ok(at)
+        Ok(stub.meta.memory.is_some())
     })
 }
 
@@ -248,40 +256,38 @@ fn is_aligned(i: &Instruction, size: usize) -> bool {
     }
 }
 
-/// Linear address of the memory operand before any check.
-fn unchecked_address(cpu: &Cpu, insn: &Insn) -> u64 {
-    let segment = segment_index(insn.i.memory_segment());
-    let based = !cpu.mode.code64 || segment >= seg::FS;
-    cpu.effective_address(insn).wrapping_add(if based { cpu.seg[segment].base } else { 0 })
-}
-
-/// Checks that the memory operand can be written, if it is to be.
-fn probe(cpu: &mut Cpu, meta: &Meta, at: Option<u64>) -> Result<(), Exception> {
-    match (meta.memory, at) {
-        (Some(operand), Some(la)) if operand.write => {
-            cpu.probe_linear(la, operand.size, Access::Write, Who::Current)
-        }
-        _ => Ok(()),
+/// Linear address of the memory operand after all checks.
+fn locate(cpu: &mut Cpu, insn: &Insn, operand: &Operand) -> Result<u64, Exception> {
+    let access = if operand.write { Access::Write } else { Access::Read };
+    if operand.aligned && !cpu.unchecked_address(insn).is_multiple_of(operand.size as u64) {
+        return Err(Exception::gp(0));
     }
+    let la = cpu.operand_address(insn, operand.size, access)?;
+    if operand.write {
+        cpu.probe_linear(la, operand.size, access, Who::Current)?;
+    }
+    Ok(la)
 }
 
-/// Checks and reads the memory operand, and sets up the registers.
+/// Sets up the registers and reads the memory operand. One that is only written is not looked at yet: exceptions of the
+/// operation come first.
 fn load(cpu: &mut Cpu, insn: &Insn, meta: &Meta) -> Result<(Io, Option<u64>), Exception> {
     let mut io = Io::new(cpu.gpr, cpu.rflags & rflags::ARITH | rflags::FIXED);
     if let Some(index) = meta.substitute {
         io.gpr[index] = cpu.gpr[reg::RSP];
     }
-    let Some(operand) = meta.memory else { return Ok((io, None)) };
-    let access = if operand.write { Access::Write } else { Access::Read };
-    if operand.aligned && !unchecked_address(cpu, insn).is_multiple_of(operand.size as u64) {
-        // Comes before the checks of the segment.
-        return Err(Exception::gp(0));
-    }
-    let la = cpu.operand_address(insn, operand.size, access)?;
-    if operand.read {
-        cpu.read_linear(la, &mut io.memory[..operand.size], Who::Current)?;
-    }
+    let Some(operand) = meta.memory.filter(|operand| operand.read) else { return Ok((io, None)) };
+    let la = locate(cpu, insn, &operand)?;
+    cpu.read_linear(la, &mut io.memory[..operand.size], Who::Current)?;
     Ok((io, Some(la)))
+}
+
+/// The address of the memory operand, if it is to be written.
+fn settle(cpu: &mut Cpu, insn: &Insn, meta: &Meta, at: Option<u64>) -> Result<Option<u64>, Exception> {
+    match meta.memory {
+        Some(operand) if operand.write && at.is_none() => locate(cpu, insn, &operand).map(Some),
+        _ => Ok(at),
+    }
 }
 
 /// Takes general registers and flags over.

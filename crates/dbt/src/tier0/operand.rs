@@ -145,6 +145,14 @@ impl Cpu {
         Ok(segment.base.wrapping_add(offset) & 0xffff_ffff)
     }
 
+    /// Linear address of the instruction's memory operand before any check: for checks of alignment, which come before
+    /// those of the segment.
+    pub fn unchecked_address(&self, insn: &Insn) -> u64 {
+        let s = segment_index(insn.i.memory_segment());
+        let based = !self.mode.code64 || s >= seg::FS;
+        self.effective_address(insn).wrapping_add(if based { self.seg[s].base } else { 0 })
+    }
+
     /// Linear address of the instruction's memory operand for an access of `size` bytes.
     pub fn operand_address(&self, insn: &Insn, size: usize, access: Access) -> Result<u64, Exception> {
         let s = segment_index(insn.i.memory_segment());

@@ -38,7 +38,11 @@ pub(super) fn execute(cpu: &mut Cpu, insn: &Insn) -> Result<bool, Exception> {
             if !x87::check_pending(cpu, insn)? {
                 return Ok(true);
             }
-            simd(cpu, insn, true)?;
+            // Without NE a pending exception stays pending while the instruction runs.
+            let pending = cpu.fpu.take_pending();
+            let result = simd(cpu, insn, true);
+            cpu.fpu.set_fsw(cpu.fpu.fsw() | pending);
+            result?;
         }
         Class::Sse => {
             check_sse(cpu, true)?;

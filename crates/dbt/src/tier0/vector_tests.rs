@@ -74,6 +74,15 @@ fn without_ne_an_error_raises_the_line_and_goes_on() {
     assert_eq!(m.run(FLD1), Ok(()));
     assert_eq!(m.cpu.fpu.fsw() & 0xb8ff, 0xb884);
     assert_eq!(m.cpu.fpu.fxsave[40..42], [0xff, 0x3f]);
+    assert_eq!(m.run(PXOR_MM), Ok(()));
+    assert_eq!(m.cpu.fpu.fsw(), 0x8084);
+    // fldcw, which waits too; a summary without an exception means nothing.
+    m.cpu.gpr[RBX] = DATA;
+    assert_eq!(m.run(b"\xd9\x2b"), Ok(()));
+    m.cpu.fpu.set_fcw(0x37f);
+    m.cpu.fpu.set_fsw(0x8080);
+    assert_eq!(m.run(PXOR_MM), Ok(()));
+    assert_eq!(m.run(FWAIT), Ok(()));
 }
 
 #[test]

@@ -65,14 +65,17 @@ fn waiting(cpu: &mut Cpu, insn: &Insn) -> Result<(), Exception> {
         Mnemonic::Wait => Ok(()),
         Mnemonic::Fldenv => load_environment(cpu, insn),
         Mnemonic::Frstor => restore(cpu, insn),
-        Mnemonic::Fldcw => lane::run_x87(cpu, insn).map(drop),
-        _ => {
+        m => {
             // Without NE a pending exception stays pending while the instruction runs.
-            let pending = if cpu.fpu.x87_pending() { cpu.fpu.fsw() & (fsw::FLAGS | fsw::SUMMARY) } else { 0 };
-            cpu.fpu.set_fsw(cpu.fpu.fsw() & !pending);
+            let pending = cpu.fpu.take_pending();
             let result = lane::run_x87(cpu, insn);
             cpu.fpu.set_fsw(cpu.fpu.fsw() | pending);
-            record(cpu, insn, result?);
+            let in_memory = result?;
+            if m == Mnemonic::Fldcw {
+                cpu.fpu.update_summary();
+            } else {
+                record(cpu, insn, in_memory);
+            }
             Ok(())
         }
     }
@@ -96,12 +99,12 @@ pub(super) fn check_pending(cpu: &mut Cpu, insn: &Insn) -> Result<bool, Exceptio
 }
 
 /// Notes opcode and addresses of a non-control instruction (SDM volume 1, 8.1.8).
-fn record(cpu: &mut Cpu, insn: &Insn, operand: Option<u64>) {
+fn record(cpu: &mut Cpu, insn: &Insn, in_memory: bool) {
     let Some((first, second)) = opcode(insn) else { return };
     cpu.fpu.set_fop(u16::from(first & 7) << 8 | u16::from(second));
     let base = if cpu.mode.real || cpu.mode.vm86 { cpu.seg[seg::CS].base } else { 0 };
     cpu.fpu.set_fip(base.wrapping_add(insn.rip));
-    if operand.is_some() {
+    if in_memory {
         let segment = super::operand::segment_index(insn.i.memory_segment());
         let base = if cpu.mode.real || cpu.mode.vm86 { cpu.seg[segment].base } else { 0 };
         cpu.fpu.set_fdp(base.wrapping_add(cpu.effective_address(insn)));

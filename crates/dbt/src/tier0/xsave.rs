@@ -114,8 +114,10 @@ fn checked_mxcsr(value: u32) -> Result<u32, Exception> {
 
 /// Address of the area, which must be aligned.
 fn area(cpu: &Cpu, insn: &Insn, size: usize, align: u64, access: Access) -> Result<u64, Exception> {
-    let la = cpu.operand_address(insn, size, access)?;
-    if la.is_multiple_of(align) { Ok(la) } else { Err(Exception::gp(0)) }
+    if !cpu.unchecked_address(insn).is_multiple_of(align) {
+        return Err(Exception::gp(0));
+    }
+    cpu.operand_address(insn, size, access)
 }
 
 /// The x87 part of the legacy region in the instruction's format: words and pointers, registers. Selectors of the

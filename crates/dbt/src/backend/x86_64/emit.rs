@@ -136,6 +136,12 @@ impl<'a> Emitter<'a> {
         self.asm.cmp_imm32(block::REQUESTS, 0);
         let branch = self.asm.jcc(cc::NE, 0);
         self.stubs.push(Stub { branch, kind: StubKind::At(region.start) });
+        if region.nodes.iter().any(|n| n.vector) {
+            self.asm.cmp_imm32(block::VECTORS_RESIDENT, 0);
+            let over = self.asm.jcc(cc::NE, 0);
+            self.asm.call(self.thunks.load_vectors);
+            self.asm.bind(over);
+        }
         let mut ended = false;
         for node in &region.nodes {
             self.guest_offset = node.insn.ip().wrapping_sub(region.start) as u16;

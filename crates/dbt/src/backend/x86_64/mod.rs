@@ -2,7 +2,8 @@
 //!
 //! Register map: guest RAX to RDI (without RSP) and R8 to R12 live in the host registers of the same name, guest RSP in
 //! host R13; guest R13 to R15 live in the vCPU block, which GS addresses. Host R14 and R15 are scratch, host RSP is a
-//! host stack. The guest's vector registers, MXCSR and (when `x87_resident`) x87 registers are in the host's.
+//! host stack. The guest's vector registers and MXCSR are in the host's when `vectors_resident` says so, its x87 registers
+//! when `x87_resident` does: regions that use them load them first.
 //! Between regions the arithmetic flags lie in [`crate::cpu::Cpu::arith`].
 
 pub mod asm;
@@ -58,6 +59,7 @@ pub(crate) mod block {
     pub const USER_GENERATION: Mem = Mem::Block(offset_of!(Cpu, user_generation) as i32);
     pub const KERNEL_GENERATION: Mem = Mem::Block(offset_of!(Cpu, kernel_generation) as i32);
     pub const X87_RESIDENT: Mem = Mem::Block(offset_of!(Cpu, x87_resident) as i32);
+    pub const VECTORS_RESIDENT: Mem = Mem::Block(offset_of!(Cpu, vectors_resident) as i32);
     pub const IRQ_WAITING: Mem = Mem::Block(offset_of!(Cpu, irq_waiting) as i32);
     pub const EXIT_REASON: Mem = Mem::Block(offset_of!(Cpu, exit_reason) as i32);
     pub const EXIT_VALUE: Mem = Mem::Block(offset_of!(Cpu, exit_value) as i32);

@@ -27,6 +27,8 @@ pub struct Thunks {
     /// Called with a linear address in T0 and size and kind in T1: returns the host address in T0, or leaves with
     /// [`exit::FAULT`].
     pub slow_access: u64,
+    /// Called: loads the vector registers and MXCSR into the host's. Destroys the flags.
+    pub load_vectors: u64,
     /// Called: loads the x87 registers into the host's unit. Destroys the flags.
     pub load_x87: u64,
 }
@@ -66,10 +68,14 @@ impl Thunks {
     /// Makes the shared code for the address `base`; returns the bytes. `avx`: the host has AVX.
     pub fn build(base: u64, slow: SlowAccess, avx: bool) -> (Self, Vec<u8>) {
         let mut asm = Asm::new(base);
-        let mut thunks = Self { enter: asm.here(), ..Self::default() };
-        enter(&mut asm, avx);
+        let load = asm.here();
+        load_vectors(&mut asm, avx);
+        let store = asm.here();
+        store_vectors(&mut asm, avx);
+        let mut thunks = Self { enter: asm.here(), load_vectors: load, ..Self::default() };
+        enter(&mut asm);
         let leave = asm.here();
-        leave_code(&mut asm, avx);
+        leave_code(&mut asm, store);
         thunks.exit_at = asm.here();
         exit_with(&mut asm, exit::AT, leave);
         thunks.exit_link = asm.here();
@@ -84,7 +90,7 @@ impl Thunks {
         thunks.lookup_link = asm.here();
         lookup(&mut asm, thunks.exit_link);
         thunks.slow_access = asm.here();
-        slow_access(&mut asm, slow, avx);
+        slow_access(&mut asm, slow, load, store);
         thunks.load_x87 = asm.here();
         load_x87(&mut asm);
         (thunks, asm.code)
@@ -110,7 +116,7 @@ fn add_rsp(asm: &mut Asm, n: i8) {
     asm.bytes(&[0x48, 0x83, 0xc4, n as u8]);
 }
 
-fn enter(asm: &mut Asm, avx: bool) {
+fn enter(asm: &mut Asm) {
     for reg in CALLEE_SAVED {
         push(asm, reg);
     }
@@ -118,14 +124,6 @@ fn enter(asm: &mut Asm, avx: bool) {
     add_rsp(asm, -8);
     asm.store(block::HOST_RSP, RSP);
     asm.store(block::scratch(7), 7);
-    load_vectors(asm, avx);
-    // LDMXCSR is slow, and mostly the right value is there already.
-    asm.mem(&[], false, &[0x0f, 0xae], 3, block::HOST_MXCSR); // stmxcsr
-    asm.mem(&[], false, &[0x8b], 0, MXCSR); // mov eax, [mxcsr]
-    asm.mem(&[], false, &[0x3b], 0, block::HOST_MXCSR); // cmp eax, [host_mxcsr]
-    let same = asm.jcc(cc::E, 0);
-    asm.mem(&[], false, &[0x0f, 0xae], 2, MXCSR); // ldmxcsr
-    asm.bind(same);
     for (host, guest) in PINNED {
         asm.load(host, block::gpr(guest));
     }
@@ -135,26 +133,24 @@ fn enter(asm: &mut Asm, avx: bool) {
 }
 
 /// Stores the guest's state and returns to the caller of [`Thunks::enter`].
-fn leave_code(asm: &mut Asm, avx: bool) {
+fn leave_code(asm: &mut Asm, store: u64) {
     for (host, guest) in PINNED {
         asm.store(block::gpr(guest), host);
     }
-    store_vectors(asm, avx);
+    when_resident(asm, store);
     return_to_caller(asm);
 }
 
+/// Calls `thunk` if the vector registers are in the host's.
+fn when_resident(asm: &mut Asm, thunk: u64) {
+    asm.cmp_imm32(block::VECTORS_RESIDENT, 0);
+    let over = asm.jcc(cc::E, 0);
+    asm.call(thunk);
+    asm.bind(over);
+}
+
 fn return_to_caller(asm: &mut Asm) {
-    asm.mem(&[], false, &[0x0f, 0xae], 3, MXCSR); // stmxcsr
-    // Rust wants the default control bits; sticky flags do not disturb it.
-    asm.mem(&[], false, &[0x8b], 0, MXCSR); // mov eax, [mxcsr]
-    asm.bytes(&[0x25]); // and eax, control bits
-    asm.bytes(&MXCSR_CONTROL.to_le_bytes());
-    asm.bytes(&[0x3d]); // cmp eax, default
-    asm.bytes(&MXCSR_DEFAULT.to_le_bytes());
-    let usual = asm.jcc(cc::E, 0);
-    asm.store_imm32(block::HOST_MXCSR, MXCSR_DEFAULT);
-    asm.mem(&[], false, &[0x0f, 0xae], 2, block::HOST_MXCSR); // ldmxcsr
-    asm.bind(usual);
+    asm.store_imm32(block::VECTORS_RESIDENT, 0);
     asm.load(RSP, block::HOST_RSP);
     add_rsp(asm, 8);
     for reg in CALLEE_SAVED.into_iter().rev() {
@@ -180,11 +176,11 @@ fn lookup(asm: &mut Asm, miss: u64) {
     asm.jmp_mem(T1, std::mem::offset_of!(Jump, host) as i32);
 }
 
-fn slow_access(asm: &mut Asm, slow: SlowAccess, avx: bool) {
+fn slow_access(asm: &mut Asm, slow: SlowAccess, load: u64, store: u64) {
     for (host, guest) in PINNED {
         asm.store(block::gpr(guest), host);
     }
-    store_vectors(asm, avx);
+    when_resident(asm, store);
     asm.load(7, block::THIS);
     asm.mov(6, T0);
     asm.mov(2, T1);
@@ -196,7 +192,7 @@ fn slow_access(asm: &mut Asm, slow: SlowAccess, avx: bool) {
     asm.bytes(&[0x48, 0x85, 0xc0]); // test rax, rax
     let failed = asm.jcc(cc::E, 0);
     asm.mov(T0, 0);
-    load_vectors(asm, avx);
+    when_resident(asm, load);
     for (host, guest) in PINNED {
         asm.load(host, block::gpr(guest));
     }
@@ -224,7 +220,7 @@ const XMM: i32 = 160;
 /// Offset of the upper halves behind the XSAVE header.
 const YMM_HIGH: i32 = 576;
 
-/// VEX-encoded where there is AVX: legacy SSE instructions between AVX ones cost a state transition each.
+/// Code that loads the vector registers and MXCSR; keeps all general registers. VEX-encoded where there is AVX: legacy SSE instructions between AVX ones cost a state transition each.
 fn load_vectors(asm: &mut Asm, avx: bool) {
     for r in 0..16u8 {
         let low = block::FPU + XMM + 16 * i32::from(r);
@@ -237,8 +233,13 @@ fn load_vectors(asm: &mut Asm, avx: bool) {
             asm.mem(&[], false, &[0x0f, 0x10], r, Mem::Block(low)); // movups
         }
     }
+    asm.mem(&[], false, &[0x0f, 0xae], 2, MXCSR); // ldmxcsr
+    asm.store_imm32(block::VECTORS_RESIDENT, 1);
+    asm.bytes(&[0xc3]);
 }
 
+/// Code that stores the vector registers and MXCSR; destroys RAX. Rust wants MXCSR's default control bits; sticky flags do
+/// not disturb it.
 fn store_vectors(asm: &mut Asm, avx: bool) {
     for r in 0..16u8 {
         let low = block::FPU + XMM + 16 * i32::from(r);
@@ -251,6 +252,17 @@ fn store_vectors(asm: &mut Asm, avx: bool) {
             asm.mem(&[], false, &[0x0f, 0x11], r, Mem::Block(low));
         }
     }
+    asm.mem(&[], false, &[0x0f, 0xae], 3, MXCSR); // stmxcsr
+    asm.mem(&[], false, &[0x8b], 0, MXCSR); // mov eax, [mxcsr]
+    asm.bytes(&[0x25]); // and eax, control bits
+    asm.bytes(&MXCSR_CONTROL.to_le_bytes());
+    asm.bytes(&[0x3d]); // cmp eax, default
+    asm.bytes(&MXCSR_DEFAULT.to_le_bytes());
+    let usual = asm.jcc(cc::E, 0);
+    asm.store_imm32(block::HOST_MXCSR, MXCSR_DEFAULT);
+    asm.mem(&[], false, &[0x0f, 0xae], 2, block::HOST_MXCSR); // ldmxcsr
+    asm.bind(usual);
+    asm.bytes(&[0xc3]);
 }
 
 /// An instruction with a three-byte VEX prefix and a block operand: opcode map, the prefix's last byte (W, inverted

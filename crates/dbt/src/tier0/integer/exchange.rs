@@ -104,10 +104,10 @@ fn cmpxchg16b(cpu: &mut Cpu, insn: &Insn) -> Result<(), Exception> {
     let two = |high: u64, low: u64| u128::from(high) << 64 | u128::from(low);
     let expected = two(cpu.gpr[RDX], cpu.gpr[RAX]);
     let new = two(cpu.gpr[RCX], cpu.gpr[RBX]);
-    let la = cpu.operand_address(insn, 16, Access::Write)?;
-    if !la.is_multiple_of(16) {
+    if !cpu.unchecked_address(insn).is_multiple_of(16) {
         return Err(Exception::gp(0));
     }
+    let la = cpu.operand_address(insn, 16, Access::Write)?;
     let result = match cpu.place(la, 16, Access::Write, Who::Current)? {
         Place::Ram(host) => atomic::exchange16(host, expected, new),
         Place::Code(host, gpa) => {
