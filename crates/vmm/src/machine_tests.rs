@@ -120,7 +120,8 @@ fn a_paused_machine_stands_still() {
         Flow::Go
     });
     let control = machine.control();
-    rx.recv_timeout(LONG).unwrap();
+    // The second step begins when the first one has been counted.
+    while rx.recv_timeout(LONG).unwrap() == 0 {}
     assert!(control.pause());
     let info = control.info();
     assert_eq!(info.phase, Phase::Paused);
