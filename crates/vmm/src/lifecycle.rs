@@ -260,7 +260,12 @@ impl Lifecycle {
         kick();
         let limit = Instant::now() + REPORT_WAIT;
         life = lock(&self.life);
-        while !life.vcpus.iter().zip(&before).all(|(v, &before)| v.parked || v.reports > before) {
+        // Of a machine that is paused, the vCPUs are waited for until they stand still.
+        let done = |life: &Life| {
+            let paused = life.phase == Phase::Paused;
+            life.vcpus.iter().zip(&before).all(|(v, &before)| v.parked || (!paused && v.reports > before))
+        };
+        while !done(&life) {
             let Some(rest) = limit.checked_duration_since(Instant::now()) else { break };
             life = self.changed.wait_timeout(life, rest).unwrap_or_else(PoisonError::into_inner).0;
         }
