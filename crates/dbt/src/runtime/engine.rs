@@ -78,10 +78,7 @@ impl Vm for DbtVm {
         }
         let mmu = Mmu::new(self.ram.clone(), self.code.clone(), id);
         let cpu = CpuBox::new(id, cpuid, self.clock.clone(), mmu);
-        let handle = Arc::new(Handle::new(cpu.arena().clone()));
-        let waker = handle.clone();
-        let peer = self.code.join(id, cpu.arena().clone(), Box::new(move || waker.parker.wake()));
-        let vcpu = DbtVcpu::new(cpu, handle, peer, self.options)
+        let vcpu = DbtVcpu::new(cpu, self.options)
             .map_err(|source| EngineError::Host { what: "cannot make memory for generated code", source })?;
         Ok(Box::new(vcpu))
     }

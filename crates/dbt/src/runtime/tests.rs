@@ -1,14 +1,9 @@
 //! Translated programs: what they compute, how they fault, and that changed code is noticed.
 
-use std::sync::Arc;
-
 use iced_x86::code_asm::*;
 use ruse_arch::{Exception, state::reg};
 
-use super::{
-    engine::{DbtOptions, Handle},
-    vcpu::DbtVcpu,
-};
+use super::{engine::DbtOptions, vcpu::DbtVcpu};
 use crate::tier0::testing::{CODE, DATA, Machine, NullBus};
 
 /// A vCPU with the program at [`CODE`], and the exception with which it ended (they end with UD2).
@@ -22,11 +17,7 @@ fn run_in(mut machine: Machine, program: impl FnOnce(&mut CodeAssembler)) -> (Db
     a.ud2().unwrap();
     let code = a.assemble(CODE).unwrap();
     machine.load(&code);
-    let id = machine.cpu.id;
-    let arena = machine.cpu.arena().clone();
-    let handle = Arc::new(Handle::new(arena.clone()));
-    let peer = machine.cpu.mmu.code.join(id, arena, Box::new(|| {}));
-    let mut vcpu = DbtVcpu::new(machine.cpu, handle, peer, DbtOptions::default()).unwrap();
+    let mut vcpu = DbtVcpu::new(machine.cpu, DbtOptions::default()).unwrap();
     let fault = vcpu.run_until_fault(&NullBus);
     (vcpu, fault)
 }

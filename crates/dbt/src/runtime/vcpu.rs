@@ -48,12 +48,12 @@ pub struct DbtVcpu {
 }
 
 impl DbtVcpu {
-    pub(super) fn new(
-        mut cpu: CpuBox,
-        handle: Arc<Handle>,
-        peer: Arc<Peer>,
-        options: DbtOptions,
-    ) -> std::io::Result<Self> {
+    /// A vCPU around a CPU; it becomes a peer of the others with the same code map.
+    pub fn new(mut cpu: CpuBox, options: DbtOptions) -> std::io::Result<Self> {
+        let handle = Arc::new(Handle::new(cpu.arena().clone()));
+        let waker = handle.clone();
+        let wake = Box::new(move || waker.parker.wake());
+        let peer = cpu.mmu.code.join(cpu.id, cpu.arena().clone(), wake);
         let features = Features::new(&cpu.cpuid);
         let lifter = Lifter::new(Box::new(move |i| features.allow(i)));
         let avx = std::is_x86_feature_detected!("avx");
@@ -64,25 +64,38 @@ impl DbtVcpu {
     }
 
     /// The CPU.
-    #[cfg(test)]
-    pub(super) fn cpu(&self) -> &Cpu {
+    pub fn cpu(&self) -> &Cpu {
         &self.cpu
     }
 
-    /// Runs until an exception, which is not delivered.
-    #[cfg(test)]
-    pub(super) fn run_until_fault(&mut self, bus: &dyn Bus) -> Exception {
+    /// The CPU, to be changed between two runs.
+    pub fn cpu_mut(&mut self) -> &mut Cpu {
+        &mut self.cpu
+    }
+
+    /// Runs until an exception, which is not delivered: for comparisons with other executors.
+    pub fn run_until_fault(&mut self, bus: &dyn Bus) -> Exception {
+        self.on_this_thread(bus, |this| loop {
+            this.serve_requests();
+            if let Err(fault) = this.execute() {
+                return fault;
+            }
+        })
+    }
+
+    /// Runs `body`, which may enter translated code.
+    fn on_this_thread<R>(&mut self, bus: &dyn Bus, body: impl FnOnce(&mut Self) -> R) -> R {
         enter::set_gs(&self.cpu);
         fault::arm(&self.blocks.code_range(), self.blocks.thunks().exit_fault);
         Cpu::attach(
             self,
             |this| &mut this.cpu,
             bus,
-            |this| loop {
-                this.serve_requests();
-                if let Err(fault) = this.execute() {
-                    return fault;
-                }
+            |this| {
+                let result = body(this);
+                // The host's x87 registers belong to this thread; whoever asks for the state may be another.
+                vector::spill_x87(&mut this.cpu);
+                result
             },
         )
     }
@@ -429,19 +442,7 @@ impl DbtVcpu {
 
 impl Vcpu for DbtVcpu {
     fn run(&mut self, bus: &dyn Bus) -> Result<Halt, EngineError> {
-        enter::set_gs(&self.cpu);
-        fault::arm(&self.blocks.code_range(), self.blocks.thunks().exit_fault);
-        Cpu::attach(
-            self,
-            |this| &mut this.cpu,
-            bus,
-            |this| {
-                let result = this.run_loop();
-                // The host's x87 registers belong to this thread; whoever asks for the state may be another.
-                vector::spill_x87(&mut this.cpu);
-                result
-            },
-        )
+        self.on_this_thread(bus, Self::run_loop)
     }
 
     fn handle(&self) -> Arc<dyn VcpuHandle> {
