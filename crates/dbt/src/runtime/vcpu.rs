@@ -75,10 +75,12 @@ impl DbtVcpu {
 
     /// Runs until an exception, which is not delivered: for comparisons with other executors.
     pub fn run_until_fault(&mut self, bus: &dyn Bus) -> Exception {
-        self.on_this_thread(bus, |this| loop {
-            this.serve_requests();
-            if let Err(fault) = this.execute() {
-                return fault;
+        self.on_this_thread(bus, |this| {
+            loop {
+                this.serve_requests();
+                if let Err(fault) = this.execute() {
+                    return fault;
+                }
             }
         })
     }
