@@ -6,6 +6,8 @@
 
 use iced_x86::{ConditionCode, Instruction};
 
+use crate::frontend::x86_64::ARITH;
+
 /// How an instruction uses its memory operand.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MemUse {
@@ -162,6 +164,17 @@ impl Region {
                 live |= node.live_at_exit;
             }
         }
+    }
+
+    /// Makes all flags live behind every way out.
+    pub fn keep_flags(&mut self) {
+        self.live_at_end = ARITH;
+        for node in &mut self.nodes {
+            if node.op.ends_region() || matches!(node.op, Op::Branch { .. }) {
+                node.live_at_exit = ARITH;
+            }
+        }
+        self.compute_liveness();
     }
 
     /// Flags that are read at the region's entry.

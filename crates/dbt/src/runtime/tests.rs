@@ -1,7 +1,8 @@
 //! Translated programs: what they compute, how they fault, and that changed code is noticed.
 
 use iced_x86::code_asm::*;
-use ruse_arch::{Exception, state::reg};
+use ruse_arch::{Exception, MpState, state::reg};
+use ruse_engine::{Halt, Vcpu};
 
 use super::{engine::DbtOptions, vcpu::DbtVcpu};
 use crate::tier0::testing::{CODE, DATA, Machine, NullBus};
@@ -12,14 +13,18 @@ fn run(program: impl FnOnce(&mut CodeAssembler)) -> (DbtVcpu, Exception) {
 }
 
 fn run_in(mut machine: Machine, program: impl FnOnce(&mut CodeAssembler)) -> (DbtVcpu, Exception) {
-    let mut a = CodeAssembler::new(64).unwrap();
-    program(&mut a);
-    a.ud2().unwrap();
-    let code = a.assemble(CODE).unwrap();
-    machine.load(&code);
+    machine.load(&assemble(program));
     let mut vcpu = DbtVcpu::new(machine.cpu, DbtOptions::default()).unwrap();
     let fault = vcpu.run_until_fault(&NullBus);
     (vcpu, fault)
+}
+
+/// The program with UD2 behind it, for [`CODE`].
+fn assemble(program: impl FnOnce(&mut CodeAssembler)) -> Vec<u8> {
+    let mut a = CodeAssembler::new(64).unwrap();
+    program(&mut a);
+    a.ud2().unwrap();
+    a.assemble(CODE).unwrap()
 }
 
 fn result(vcpu: &DbtVcpu) -> u64 {
@@ -203,4 +208,32 @@ fn reads_that_leave_a_page_are_gathered() {
         a.sub(rax, rcx).unwrap();
     });
     assert_eq!(result(&vcpu), 0x2222_2222_1111_1111 - 0x2222_2222_1111_1111);
+}
+
+#[test]
+fn check_mode_finds_a_translation_that_is_wrong() {
+    let mut machine = Machine::long();
+    machine.load(&assemble(|a| {
+        let mut again = a.create_label();
+        a.mov(ecx, 3).unwrap();
+        a.set_label(&mut again).unwrap();
+        a.push(rcx).unwrap();
+        a.pop(rdx).unwrap();
+        a.add(rax, 5).unwrap();
+        a.dec(ecx).unwrap();
+        a.jne(again).unwrap();
+    }));
+    let ram = machine.ram.clone();
+    let options = DbtOptions { check: true, ..DbtOptions::default() };
+    let mut vcpu = DbtVcpu::new(machine.cpu, options).unwrap();
+    // There is no interrupt table: UD2 ends in a triple fault.
+    assert_eq!(vcpu.run(&NullBus).unwrap(), Halt::TripleFault);
+    assert_eq!(result(&vcpu), 15);
+    // The constant of the addition changes without notice: tier 0 sees the new one, the translation has the old one.
+    let constant = ram.host_page(CODE).unwrap().wrapping_add((CODE % 4096) as usize + 9);
+    crate::mmu::access::store(constant, &[6]);
+    let cpu = vcpu.cpu_mut();
+    (cpu.rip, cpu.mp_state) = (CODE, MpState::Running);
+    let text = vcpu.run(&NullBus).unwrap_err().to_string();
+    assert!(text.contains("add rax,6") && text.contains("register 0: 0x15 / 0x14"), "{text}");
 }

@@ -255,7 +255,7 @@ impl DbtVcpu {
     }
 
     /// The block at RIP, translated if it is not there yet. `None`: tier 0 has to execute here.
-    fn find(&mut self, mode: CodeMode) -> Result<Option<u32>, Exception> {
+    pub(super) fn find(&mut self, mode: CodeMode) -> Result<Option<u32>, Exception> {
         let va = self.cpu.rip;
         if !ruse_arch::paging::is_canonical(va) {
             return Ok(None);
@@ -300,7 +300,7 @@ impl DbtVcpu {
         let left = 4096 - va as usize % 4096;
         let here = left.min(LIFTED);
         crate::mmu::access::load(host, &mut bytes[..here]);
-        if let Some(region) = self.blocks.lift(va, &bytes[..here], mode) {
+        if let Some(region) = self.lift(va, &bytes[..here], mode) {
             return Ok(self.store(&region, Source::new(&region, page, None), mode));
         }
         // The first instruction leaves the page: a block of its own. Its faults are tier 0's.
@@ -308,11 +308,24 @@ impl DbtVcpu {
         self.guard_page(second);
         let all = left + 15;
         crate::mmu::access::load(second as *const u8, &mut bytes[left..all]);
-        let Some(region) = self.blocks.lift_one(va, &bytes[..all], mode) else { return Ok(None) };
+        let Some(mut region) = self.blocks.lift_one(va, &bytes[..all], mode) else { return Ok(None) };
+        if self.options.check {
+            region.keep_flags();
+        }
         Ok(self.store(&region, Source::new(&region, page, Some(second)), mode))
     }
 
-    pub(super) fn store(&mut self, region: &Region, source: Source, mode: CodeMode) -> Option<u32> {
+    /// Lifts the region at `va`; in check mode it is one instruction, all of whose flags count.
+    fn lift(&mut self, va: u64, bytes: &[u8], mode: CodeMode) -> Option<Region> {
+        if !self.options.check {
+            return self.blocks.lift(va, bytes, mode);
+        }
+        let mut region = self.blocks.lift_one(va, bytes, mode)?;
+        region.keep_flags();
+        Some(region)
+    }
+
+    fn store(&mut self, region: &Region, source: Source, mode: CodeMode) -> Option<u32> {
         self.blocks.translate(region, source, mode).or_else(|| {
             self.clear_blocks();
             self.guard_page(source.page);
@@ -336,7 +349,7 @@ impl DbtVcpu {
     }
 
     /// No room is left: everything is translated anew.
-    pub(super) fn clear_blocks(&mut self) {
+    fn clear_blocks(&mut self) {
         for page in self.blocks.clear() {
             if let Some(gpa) = self.cpu.mmu.gpa_of_host(page) {
                 self.cpu.mmu.code.unwatch(gpa, self.cpu.id);
