@@ -197,7 +197,7 @@ pub struct Cpu {
     pub mtrr_fixed: [u64; 11],
     /// Variable-range MTRRs.
     pub mtrr_variable: [(u64, u64); 8],
-    /// What is added to the host's TSC, IA32_TSC_ADJUST not included.
+    /// What is added to the clock's counter, IA32_TSC_ADJUST not included.
     pub tsc_offset: u64,
     /// Properties of the current mode.
     pub mode: Mode,
@@ -488,7 +488,7 @@ impl Cpu {
 
     /// The guest's time-stamp counter now.
     pub fn tsc(&self) -> u64 {
-        ruse_engine::clock::host_tsc().wrapping_add(self.tsc_offset).wrapping_add(self.tsc_adjust)
+        self.clock.counter().wrapping_add(self.tsc_offset).wrapping_add(self.tsc_adjust)
     }
 
     /// Takes over a whole architectural state.
@@ -511,8 +511,8 @@ impl Cpu {
         self.mtrr_def_type = s.mtrr_def_type;
         (self.mtrr_fixed, self.mtrr_variable) = (s.mtrr_fixed, s.mtrr_variable);
         if s.tsc != 0 {
-            let host = ruse_engine::clock::host_tsc();
-            self.tsc_offset = s.tsc.wrapping_sub(s.tsc_adjust).wrapping_sub(host);
+            let counter = self.clock.counter();
+            self.tsc_offset = s.tsc.wrapping_sub(s.tsc_adjust).wrapping_sub(counter);
         }
         self.mp_state = s.mp_state;
         self.interrupt_shadow = s.interrupt_shadow;

@@ -7,32 +7,59 @@ use std::time::{Duration, Instant};
 #[derive(Clone, Debug)]
 pub struct Clock {
     tsc_hz: u64,
-    /// Guest TSC minus host TSC, wrapping.
+    /// Guest TSC minus [`Clock::counter`], wrapping.
     offset: u64,
+    /// log2 of how much slower than the host's time it goes.
+    slow: u32,
 }
 
 impl Clock {
     /// Measures the host's TSC and starts a clock at zero. Takes about two milliseconds.
     pub fn start() -> Self {
-        Self::with_frequency(measure_tsc_hz())
+        Self::new(measure_tsc_hz(), 0)
+    }
+
+    /// As [`Clock::start`], but its time goes 2^`slow` times slower than the host's: for a guest that runs so slowly that
+    /// its timers would leave it no time.
+    pub fn start_slow(slow: u32) -> Self {
+        Self::new(measure_tsc_hz(), slow)
     }
 
     /// A clock at zero over a TSC of known frequency, in Hz.
     pub fn with_frequency(tsc_hz: u64) -> Self {
-        Self { tsc_hz: tsc_hz.max(1_000_000), offset: 0u64.wrapping_sub(host_tsc()) }
+        Self::new(tsc_hz, 0)
+    }
+
+    fn new(tsc_hz: u64, slow: u32) -> Self {
+        let mut clock = Self { tsc_hz: tsc_hz.max(1_000_000), offset: 0, slow };
+        clock.offset = 0u64.wrapping_sub(clock.counter());
+        clock
+    }
+
+    /// What the guest's TSC counts along with: the host's TSC, unless the clock is slow.
+    pub fn counter(&self) -> u64 {
+        host_tsc() >> self.slow
+    }
+    /// Whether the guest's TSC is another than the host's plus an offset.
+    pub fn is_slow(&self) -> bool {
+        self.slow != 0
+    }
+    /// How many nanoseconds of the host's time pass in `ns` of this clock's.
+    pub fn host_ns(&self, ns: u64) -> u64 {
+        ns.saturating_mul(1 << self.slow)
     }
 
     /// Frequency of the guest's TSC in Hz.
     pub fn tsc_hz(&self) -> u64 {
         self.tsc_hz
     }
-    /// What is added to the host's TSC to give the guest's, before IA32_TSC_ADJUST.
+    /// What is added to [`Clock::counter`] to give the guest's TSC, before IA32_TSC_ADJUST.
     pub fn tsc_offset(&self) -> u64 {
         self.offset
     }
     /// The guest's TSC now.
     pub fn tsc(&self) -> u64 {
-        host_tsc().wrapping_add(self.offset)
+        self.counter().wrapping_add(self.offset)
     }
     /// Nanoseconds since the clock's start.
     pub fn now_ns(&self) -> u64 {
@@ -76,4 +103,19 @@ fn measure_tsc_hz() -> u64 {
     // Frequencies are whole multiples of 100 kHz where the measurement is that close.
     let rounded = (hz + 50_000) / 100_000 * 100_000;
     if rounded.abs_diff(hz) < hz / 50_000 { rounded as u64 } else { hz as u64 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_slow_clock_goes_slower_than_the_hosts_time() {
+        let clock = Clock::start_slow(5);
+        let (begun, host) = (clock.now_ns(), Instant::now());
+        std::thread::sleep(Duration::from_millis(20));
+        let passed = clock.now_ns() - begun;
+        assert!(passed > 0);
+        assert!(u128::from(clock.host_ns(passed)) <= host.elapsed().as_nanos() * 11 / 10);
+    }
 }

@@ -95,7 +95,7 @@ impl Alarm {
     fn set_timer(&self, deadline: u64) {
         let host = clock_gettime(ClockId::Monotonic);
         // A timer of zero would be none at all.
-        let wait = deadline.saturating_sub(self.clock.now_ns()).clamp(1, 1 << 60);
+        let wait = self.clock.host_ns(deadline.saturating_sub(self.clock.now_ns())).clamp(1, 1 << 60);
         let nanoseconds = host.tv_nsec as u64 + wait;
         let it_value = Timespec {
             tv_sec: host.tv_sec.saturating_add((nanoseconds / 1_000_000_000) as i64),

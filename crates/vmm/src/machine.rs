@@ -25,6 +25,9 @@ use crate::platform::Platform;
 use crate::report::{MachineInfo, Outcome};
 use crate::threads::{VcpuThread, start_state};
 
+/// log2 of how much slower a guest's time goes while both tiers execute it: they take that much longer.
+const CHECK_SLOWDOWN: u32 = 6;
+
 /// Why there is no machine.
 #[derive(Debug, thiserror::Error)]
 pub enum MachineError {
@@ -138,7 +141,8 @@ impl Machine {
             return Err(ConfigError::TooManyCpus { asked, max }.into());
         }
         let cpus = asked as u32;
-        let clock = Arc::new(Clock::start());
+        let clock = if self.config.check { Clock::start_slow(CHECK_SLOWDOWN) } else { Clock::start() };
+        let clock = Arc::new(clock);
         let lifecycle = Arc::new(Lifecycle::new(cpus).map_err(MachineError::host("cannot make an eventfd"))?);
         let platform = Platform::new(Rtc::new(self.rtc_config()), self.config.debug_exit)?;
         let board = Board::new(cpus, clock.clone(), platform, lifecycle)

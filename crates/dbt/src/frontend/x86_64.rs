@@ -30,7 +30,7 @@ pub struct CodeMode {
     pub sse: bool,
     /// AVX instructions do not fault.
     pub avx: bool,
-    /// RDTSC does not fault.
+    /// RDTSC does not fault, and reads the host's counter plus an offset.
     pub tsc: bool,
 }
 

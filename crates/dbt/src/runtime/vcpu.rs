@@ -250,7 +250,9 @@ impl DbtVcpu {
         let sse = x87 && cpu.paging.cr4 & cr4::OSFXSR != 0;
         let avx = sse && cpu.paging.cr4 & cr4::OSXSAVE != 0 && cpu.xcr0 & 6 == 6;
         let kernel = cpu.mode.cpl == 0;
-        let tsc = kernel || cpu.paging.cr4 & cr4::TSD == 0;
+        // Check mode would read the clock twice.
+        let plain_tsc = !self.options.check && !cpu.clock.is_slow();
+        let tsc = plain_tsc && (kernel || cpu.paging.cr4 & cr4::TSD == 0);
         Some(CodeMode { kernel, x87, sse, avx, tsc })
     }
 
