@@ -357,8 +357,25 @@ fn is_vector(i: &Instruction) -> bool {
         _ => {
             (0..i.op_count()).any(|op| i.op_kind(op) == OpKind::Register && i.op_register(op).is_xmm())
                 || matches!(i.mnemonic(), Mnemonic::Ldmxcsr | Mnemonic::Stmxcsr)
+                || converts_from_memory(i.mnemonic())
         }
     }
+}
+
+/// Conversions that depend on MXCSR and, from memory, name no vector register.
+fn converts_from_memory(m: Mnemonic) -> bool {
+    use Mnemonic as M;
+    matches!(
+        m,
+        M::Cvtsd2si
+            | M::Cvtss2si
+            | M::Cvttsd2si
+            | M::Cvttss2si
+            | M::Cvtps2pi
+            | M::Cvttps2pi
+            | M::Cvtpd2pi
+            | M::Cvttpd2pi
+    )
 }
 
 /// Whether the instruction uses x87 or MMX state.
@@ -468,6 +485,16 @@ mod tests {
         ];
         for code in codes {
             assert_eq!(lift(code).nodes[0].op, Op::Interpret, "{code:x?}");
+        }
+    }
+
+    #[test]
+    fn a_conversion_from_memory_needs_the_guests_mxcsr() {
+        // cvttss2si rax, [rax]; cvtpd2pi mm0, [rax]; cvttsd2si eax, [rax]
+        let codes: [&[u8]; 3] =
+            [&[0xf3, 0x48, 0x0f, 0x2c, 0], &[0x66, 0x0f, 0x2d, 0], &[0xf2, 0x0f, 0x2c, 0]];
+        for code in codes {
+            assert!(lift(code).nodes[0].vector, "{code:x?}");
         }
     }
 
