@@ -6,8 +6,11 @@ use std::{io, ptr::NonNull};
 
 use rustix::{
     fs::{MemfdFlags, ftruncate, memfd_create},
-    mm::{MapFlags, MprotectFlags, ProtFlags, mmap, mmap_anonymous, mprotect, munmap},
+    mm::{Advice, MapFlags, MprotectFlags, ProtFlags, madvise, mmap, mmap_anonymous, mprotect, munmap},
 };
+
+/// Bytes after which the writable mapping is trimmed; whole pages.
+const RELEASED: usize = 1 << 20;
 
 /// A region for generated code with a bump allocator. Belongs to one thread at a time; code in it may be executed only
 /// by the owner (where the two mappings are one, a write makes it unexecutable for a moment).
@@ -16,6 +19,8 @@ pub struct CodeMemory {
     rx: NonNull<u8>,
     size: usize,
     used: usize,
+    /// Up to here, pages were taken out of the writable mapping.
+    released: usize,
 }
 
 // SAFETY: the mappings belong to the value, and nothing in it belongs to a thread.
@@ -41,7 +46,7 @@ impl CodeMemory {
         };
         let rw = map(ProtFlags::READ | ProtFlags::WRITE)?;
         match map(ProtFlags::READ | ProtFlags::EXEC) {
-            Ok(rx) => Ok(Self { rw, rx, size, used: 0 }),
+            Ok(rx) => Ok(Self { rw, rx, size, used: 0, released: 0 }),
             Err(error) => {
                 // SAFETY: mapped above with this size, and nobody else knows of it.
                 let _ = unsafe { munmap(rw.as_ptr().cast(), size) };
@@ -55,7 +60,7 @@ impl CodeMemory {
         // SAFETY: a new mapping at an address that the kernel chooses.
         let at = unsafe { mmap_anonymous(std::ptr::null_mut(), size, prot, MapFlags::PRIVATE) }?;
         let at = NonNull::new(at.cast::<u8>()).ok_or_else(|| io::Error::from(io::ErrorKind::OutOfMemory))?;
-        let memory = Self { rw: at, rx: at, size, used: 0 };
+        let memory = Self { rw: at, rx: at, size, used: 0, released: 0 };
         memory.protect(MprotectFlags::READ | MprotectFlags::EXEC)?;
         Ok(memory)
     }
@@ -122,7 +127,20 @@ impl CodeMemory {
             self.used = before;
             return None;
         }
+        self.release_written();
         Some(self.rx_ptr().wrapping_add(offset))
+    }
+
+    /// Takes pages that are full out of the writable mapping, where they are seldom needed again: they would count as
+    /// used memory twice.
+    fn release_written(&mut self) {
+        let full = self.used & !(RELEASED - 1);
+        if self.is_dual() && full > self.released {
+            let at = self.rw_ptr().wrapping_add(self.released);
+            // SAFETY: whole pages of our shared mapping; what they hold stays in the file behind it.
+            let _ = unsafe { madvise(at.cast(), full - self.released, Advice::LinuxDontNeed) };
+        }
+        self.released = full;
     }
 
     fn protect(&self, flags: MprotectFlags) -> io::Result<()> {

@@ -8,12 +8,15 @@ use iced_x86::{ConditionCode, Instruction};
 
 use crate::frontend::x86_64::ARITH;
 
+/// Sizes in bytes that a [`MemUse`] may have.
+pub const ACCESS_SIZES: [u8; 7] = [1, 2, 4, 8, 10, 16, 32];
+
 /// How an instruction uses its memory operand.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MemUse {
     /// Writes (perhaps after reading).
     pub write: bool,
-    /// Bytes.
+    /// One of [`ACCESS_SIZES`].
     pub size: u8,
 }
 

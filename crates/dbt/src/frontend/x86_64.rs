@@ -6,7 +6,7 @@ use iced_x86::{
 };
 
 use crate::{
-    ir::{MemUse, Node, Op, Region, Value},
+    ir::{ACCESS_SIZES, MemUse, Node, Op, Region, Value},
     tier0::operand::gpr_index,
 };
 
@@ -159,11 +159,10 @@ impl Lifter {
             OpAccess::Write | OpAccess::ReadWrite | OpAccess::ReadCondWrite | OpAccess::CondWrite => true,
             _ => return Op::Nop,
         };
-        let size = i.memory_size().size();
-        if size == 0 || size > 32 {
-            return Op::Interpret;
+        match u8::try_from(i.memory_size().size()) {
+            Ok(size) if ACCESS_SIZES.contains(&size) => Op::Host(Some(MemUse { write, size })),
+            _ => Op::Interpret,
         }
-        Op::Host(Some(MemUse { write, size: size as u8 }))
     }
 }
 

@@ -4,6 +4,7 @@
 pub mod access;
 pub mod tlb;
 pub mod watch;
+mod zeroed;
 
 use std::sync::{
     Arc,
@@ -65,7 +66,6 @@ pub struct Mmu {
     current: usize,
     view: usize,
     tick: u64,
-    jump_miss: *const u8,
     kernel_generation: u32,
     /// Kernel mappings with code are all global, so that they outlive a change of CR3.
     kernel_code_global: bool,
@@ -87,7 +87,6 @@ impl Mmu {
             current: 0,
             view: KERNEL,
             tick: 0,
-            jump_miss: std::ptr::null(),
             kernel_generation: next_generation(),
             kernel_code_global: true,
             fills: 0,
@@ -100,14 +99,6 @@ impl Mmu {
     /// The RAM behind.
     pub fn ram(&self) -> &GuestRam {
         &self.ram
-    }
-
-    /// Sets where jump caches lead on a miss.
-    pub fn set_jump_miss(&mut self, miss: *const u8) {
-        self.jump_miss = miss;
-        for view in self.all_views() {
-            view.set_jump_miss(miss);
-        }
     }
 
     /// Generation of the executable mappings of the user half.
@@ -301,8 +292,8 @@ impl Mmu {
     }
 
     fn view_mut(&mut self, index: usize) -> &mut View {
-        let miss = self.jump_miss;
-        self.spaces[self.current].views[index].get_or_insert_with(|| Box::new(View::new(miss)))
+        self.spaces[self.current].views[index]
+            .get_or_insert_with(|| Box::new(View::new().expect("the host has memory for a TLB")))
     }
 
     fn all_views(&mut self) -> impl Iterator<Item = &mut Box<View>> {

@@ -8,8 +8,10 @@ use std::collections::HashSet;
 
 use ruse_arch::paging::Access;
 
+use super::zeroed::{Zeroable, Zeroed};
+
 /// Entries of a view; a power of two.
-pub const ENTRIES: usize = 4096;
+pub const ENTRIES: usize = 16384;
 /// Entries of a jump cache; a power of two.
 pub const JUMPS: usize = 4096;
 
@@ -17,7 +19,7 @@ const PAGE: u64 = 4096;
 
 /// One TLB entry. A tag is the page's linear address, or an address that another entry would hold.
 #[repr(C, align(32))]
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct Entry {
     /// Tag of reads.
     pub read: u64,
@@ -29,15 +31,40 @@ pub struct Entry {
     pub host: u64,
 }
 
+impl Entry {
+    /// Offset of the tag of reads or writes.
+    pub const fn tag_offset(write: bool) -> i32 {
+        let at = if write { std::mem::offset_of!(Entry, write) } else { std::mem::offset_of!(Entry, read) };
+        at as i32
+    }
+
+    const fn empty(index: usize) -> Self {
+        Self { read: never(index), write: never(index), exec: never(index), host: 0 }
+    }
+}
+
 /// One entry of the jump cache: a linear address of code and where its translation begins.
 #[repr(C, align(16))]
 #[derive(Clone, Copy, Debug)]
 pub struct Jump {
-    /// Linear address.
+    /// Linear address, or one that another entry would hold.
     pub va: u64,
-    /// Host code; never null.
+    /// Host code.
     pub host: *const u8,
 }
+
+impl Jump {
+    const fn empty(index: usize) -> Self {
+        Self { va: if index == 0 { 1 } else { 0 }, host: std::ptr::null() }
+    }
+}
+
+// SAFETY: integers and a pointer that nothing in Rust follows.
+unsafe impl Zeroable for Entry {}
+// SAFETY: as above.
+unsafe impl Zeroable for Jump {}
+// SAFETY: integers and booleans.
+unsafe impl Zeroable for Meta {}
 
 /// What else is known of an entry.
 #[derive(Clone, Copy, Default)]
@@ -51,12 +78,11 @@ struct Meta {
 
 /// A TLB and a jump cache for one address space and one privilege.
 pub struct View {
-    entries: Box<[Entry]>,
-    meta: Box<[Meta]>,
+    entries: Zeroed<Entry>,
+    meta: Zeroed<Meta>,
     journal: Vec<u16>,
-    jumps: Box<[Jump]>,
+    jumps: Zeroed<Jump>,
     jump_journal: Vec<u16>,
-    jump_miss: *const u8,
     /// What the jump cache's code was translated for.
     jump_mode: u32,
     exec_pages: HashSet<u64>,
@@ -79,21 +105,21 @@ pub const fn jump_index(va: u64) -> usize {
 }
 
 impl View {
-    /// An empty view whose jump cache leads to `jump_miss`.
-    pub fn new(jump_miss: *const u8) -> Self {
-        let entries =
-            (0..ENTRIES).map(|i| Entry { read: never(i), write: never(i), exec: never(i), host: 0 });
-        Self {
-            entries: entries.collect(),
-            meta: vec![Meta::default(); ENTRIES].into(),
+    /// An empty view. It takes host memory as it is used.
+    pub fn new() -> std::io::Result<Self> {
+        // Zeroes are empty entries everywhere but at the first index.
+        let (mut entries, mut jumps) = (Zeroed::new(ENTRIES)?, Zeroed::new(JUMPS)?);
+        (entries[0], jumps[0]) = (Entry::empty(0), Jump::empty(0));
+        Ok(Self {
+            entries,
+            meta: Zeroed::new(ENTRIES)?,
             journal: Vec::new(),
-            jumps: vec![Jump { va: 0, host: jump_miss }; JUMPS].into(),
+            jumps,
             jump_journal: Vec::new(),
-            jump_miss,
             jump_mode: 0,
             exec_pages: HashSet::new(),
             has_large: false,
-        }
+        })
     }
 
     /// Base of the entries, for generated code.
@@ -168,17 +194,9 @@ impl View {
 
     /// Empties the jump cache.
     pub fn flush_jumps(&mut self) {
-        let empty = Jump { va: 0, host: self.jump_miss };
         for i in self.jump_journal.drain(..) {
-            self.jumps[i as usize] = empty;
+            self.jumps[i as usize] = Jump::empty(i as usize);
         }
-    }
-
-    /// Sets where the jump cache leads on a miss, and empties it.
-    pub fn set_jump_miss(&mut self, miss: *const u8) {
-        self.jump_miss = miss;
-        self.jump_journal.clear();
-        self.jumps.fill(Jump { va: 0, host: miss });
     }
 
     /// Drops all entries, or all that are not global.
@@ -189,7 +207,7 @@ impl View {
             if keep_global && meta[i].global {
                 return true;
             }
-            entries[i] = Entry { read: never(i), write: never(i), exec: never(i), host: 0 };
+            entries[i] = Entry::empty(i);
             meta[i] = Meta::default();
             false
         });
@@ -255,7 +273,7 @@ impl View {
     fn drop_index_if(&mut self, i: usize, when: impl Fn(&Entry, &Meta) -> bool) {
         if when(&self.entries[i], &self.meta[i]) {
             // The index stays in the journal; a later fill finds `used` set.
-            self.entries[i] = Entry { read: never(i), write: never(i), exec: never(i), host: 0 };
+            self.entries[i] = Entry::empty(i);
             let used = self.meta[i].used;
             self.meta[i] = Meta { used, ..Meta::default() };
         }
@@ -285,7 +303,7 @@ mod tests {
 
     #[test]
     fn an_empty_view_hits_nowhere() {
-        let view = View::new(std::ptr::null());
+        let view = View::new().unwrap();
         for va in [0, 1, 0xfff, 0x1000, 0x1fff, u64::MAX, 1 << 63, 0xffff_8000_0000_0000] {
             assert!(view.lookup(va, 1, Access::Read).is_none(), "{va:#x}");
         }
@@ -293,7 +311,7 @@ mod tests {
 
     #[test]
     fn rights_and_page_ends_are_checked() {
-        let mut view = View::new(std::ptr::null());
+        let mut view = View::new().unwrap();
         view.fill(0, 0x7000, FILL);
         assert_eq!(view.lookup(0xff8, 8, Access::Read), Some(0x7ff8 as *mut u8));
         assert!(view.lookup(0xff9, 8, Access::Read).is_none());
@@ -303,7 +321,7 @@ mod tests {
 
     #[test]
     fn global_entries_survive_a_flush_that_keeps_them() {
-        let mut view = View::new(std::ptr::null());
+        let mut view = View::new().unwrap();
         view.fill(0x1000, 0x7000, FILL);
         view.fill(0x2000, 0x8000, Fill { global: true, ..FILL });
         view.flush(true);
@@ -313,7 +331,7 @@ mod tests {
 
     #[test]
     fn one_page_of_a_large_page_flushes_all_of_it() {
-        let mut view = View::new(std::ptr::null());
+        let mut view = View::new().unwrap();
         view.fill(0x20_1000, 0x7000, Fill { page_shift: 21, ..FILL });
         view.fill(0x40_1000, 0x8000, FILL);
         view.flush_page(0x20_0000);

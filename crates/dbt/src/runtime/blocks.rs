@@ -3,14 +3,16 @@
 
 use std::{
     collections::HashMap,
-    hash::{BuildHasherDefault, Hasher},
+    hash::{BuildHasherDefault, Hash, Hasher},
 };
 
+use hashbrown::HashTable;
 use iced_x86::{Encoder, InstructionInfoFactory};
 
+use super::marks::Marks;
 use crate::{
     backend::x86_64::{
-        emit::{Code, Emitter, Mark},
+        emit::{self, Code, Emitter},
         thunks::{SlowAccess, Thunks},
     },
     code_memory::CodeMemory,
@@ -29,6 +31,14 @@ struct Key {
     /// Host address of the code's page.
     page: u64,
     mode: u32,
+}
+
+impl Key {
+    fn hash(&self) -> u64 {
+        let mut hasher = KeyHasher::default();
+        Hash::hash(self, &mut hasher);
+        hasher.finish()
+    }
 }
 
 /// A multiplicative hash: keys are addresses, not chosen against us in any way that matters.
@@ -61,47 +71,58 @@ pub struct Source {
     pub page: u64,
     /// Host address of the page on which it ends, where that is another one.
     pub second: Option<u64>,
-    /// Offset in the first page.
-    start: u32,
-    /// Bytes.
-    len: u32,
 }
 
-impl Source {
-    /// The code of a region on one or two pages.
-    pub fn new(region: &Region, page: u64, second: Option<u64>) -> Self {
-        let len = region.end.wrapping_sub(region.start) as u32;
-        Self { page, second, start: (region.start & 0xfff) as u32, len }
-    }
+/// No link, no block, no page: indices and host addresses never are this.
+const NONE: u32 = u32::MAX;
 
-    fn overlaps(&self, page: u64, bytes: &std::ops::Range<u32>) -> bool {
-        let end = self.start + self.len;
-        (page == self.page && self.start < bytes.end && end > bytes.start)
-            || (Some(page) == self.second && bytes.start + 4096 < end)
-    }
-}
-
-/// A translated region.
+/// A translated region. There are many: kept small.
 struct Block {
-    key: Key,
-    /// Its guest code.
-    guest: Source,
+    /// Linear address.
+    va: u64,
+    /// Host address of the page on which its guest code begins.
+    page: u64,
+    /// Host address of the page on which its guest code ends, 0 where that is the same.
+    second: u64,
     /// Offset of its code.
     host: u32,
-    marks: Box<[Mark]>,
-    /// Links that lead here.
-    incoming: Vec<u32>,
+    /// Its table in [`Marks`].
+    marks: u32,
+    /// First of the links that lead here, or [`NONE`].
+    incoming: u32,
+    /// Bytes of its guest code.
+    len: u16,
+    mode: u8,
     alive: bool,
+}
+
+impl Block {
+    fn key(&self) -> Key {
+        Key { va: self.va, page: self.page, mode: u32::from(self.mode) }
+    }
+
+    /// Whether its guest code has some of these bytes of the page at host address `page`.
+    fn overlaps(&self, page: u64, bytes: &std::ops::Range<u32>) -> bool {
+        let start = (self.va & 0xfff) as u32;
+        let end = start + u32::from(self.len);
+        (page == self.page && start < bytes.end && end > bytes.start)
+            || (page == self.second && bytes.start + 4096 < end)
+    }
 }
 
 /// A jump between blocks.
 struct Link {
     target: u64,
-    /// Offsets in the code memory.
+    /// Offset of its displacement in the code memory.
     site: u32,
+    /// Offset of what it leads to as long as it is not resolved.
     unresolved: u32,
-    guard: Option<u32>,
-    to: Option<u32>,
+    /// The block that it leads to, or [`NONE`].
+    to: u32,
+    /// Next link that leads to the same block, or [`NONE`].
+    next: u32,
+    /// It has a guard.
+    guarded: bool,
 }
 
 /// Where a host address in generated code belongs.
@@ -122,7 +143,9 @@ pub struct Blocks {
     info: InstructionInfoFactory,
     lifter: Lifter,
     blocks: Vec<Block>,
-    by_key: Map<Key, u32>,
+    /// Living blocks by their keys.
+    by_key: HashTable<u32>,
+    marks: Marks,
     by_page: Map<u64, Vec<u32>>,
     links: Vec<Link>,
     /// Blocks made since the last call that asked.
@@ -148,7 +171,8 @@ impl Blocks {
             info: InstructionInfoFactory::new(),
             lifter,
             blocks: Vec::new(),
-            by_key: Map::default(),
+            by_key: HashTable::new(),
+            marks: Marks::default(),
             by_page: Map::default(),
             links: Vec::new(),
             made: 0,
@@ -175,7 +199,8 @@ impl Blocks {
 
     /// The block for the code at `va` on the page at host address `page`, if there is one.
     pub fn find(&self, va: u64, page: u64, mode: CodeMode) -> Option<u32> {
-        self.by_key.get(&Key { va, page, mode: mode.bits() }).copied()
+        let key = Key { va, page, mode: mode.bits() };
+        self.by_key.find(key.hash(), |&id| self.blocks[id as usize].key() == key).copied()
     }
 
     /// Whether any block was made from the page at this host address.
@@ -195,7 +220,7 @@ impl Blocks {
 
     /// The second page of a block's code, if it has one.
     pub fn second_page(&self, block: u32) -> Option<u64> {
-        self.blocks[block as usize].guest.second
+        Some(self.blocks[block as usize].second).filter(|&page| page != 0)
     }
 
     /// Lifts the one instruction at `va`, whose bytes lie on two pages.
@@ -216,20 +241,25 @@ impl Blocks {
             target: l.target,
             site: absolute(l.site),
             unresolved: absolute(l.unresolved),
-            guard: l.guard.map(absolute),
-            to: None,
+            to: NONE,
+            next: NONE,
+            guarded: l.guarded,
         }));
-        let key = Key { va: region.start, page: source.page, mode: mode.bits() };
         let id = self.blocks.len() as u32;
-        self.blocks.push(Block {
-            key,
-            guest: source,
+        let block = Block {
+            va: region.start,
+            page: source.page,
+            second: source.second.unwrap_or(0),
             host: offset as u32,
-            marks: marks.into(),
-            incoming: Vec::new(),
+            marks: self.marks.push(&marks),
+            incoming: NONE,
+            len: region.end.wrapping_sub(region.start) as u16,
+            mode: mode.bits() as u8,
             alive: true,
-        });
-        self.by_key.insert(key, id);
+        };
+        let hash = block.key().hash();
+        self.blocks.push(block);
+        self.by_key.insert_unique(hash, id, |&id| self.blocks[id as usize].key().hash());
         for page in [Some(source.page), source.second].into_iter().flatten() {
             self.by_page.entry(page).or_default().push(id);
         }
@@ -246,31 +276,52 @@ impl Blocks {
     /// Makes a link lead directly to a block. `generation` is that of the executable mappings in the target's half of
     /// the address space; it guards a link that leaves its page.
     pub fn resolve(&mut self, link: u32, block: u32, generation: u32) {
-        let to = self.blocks[block as usize].host;
-        let Some(l) = self.links.get_mut(link as usize) else { return };
-        if l.to != Some(block) {
-            l.to = Some(block);
-            self.blocks[block as usize].incoming.push(link);
+        let Some(old) = self.links.get(link as usize).map(|l| l.to) else { return };
+        if old != block {
+            self.detach(link, old);
+            let l = &mut self.links[link as usize];
+            l.to = block;
+            l.next = std::mem::replace(&mut self.blocks[block as usize].incoming, link);
         }
-        let rel = to.wrapping_sub(l.site + 4);
+        let l = &self.links[link as usize];
+        let rel = self.blocks[block as usize].host.wrapping_sub(l.site + 4);
         let mut done = self.memory.write(l.site as usize, &rel.to_le_bytes());
-        if let Some(guard) = l.guard {
-            done &= self.memory.write(guard as usize, &generation.to_le_bytes());
+        if l.guarded {
+            done &= self.memory.write((l.site - emit::GUARD) as usize, &generation.to_le_bytes());
         }
         debug_assert!(done, "links lie in the code memory");
     }
 
-    fn unlink(&mut self, link: u32, block: u32) {
-        let l = &mut self.links[link as usize];
-        if l.to != Some(block) {
+    /// Takes a link out of the list of those that lead to a block.
+    fn detach(&mut self, link: u32, block: u32) {
+        let Some(block) = self.blocks.get_mut(block as usize) else { return };
+        let after = self.links[link as usize].next;
+        if block.incoming == link {
+            block.incoming = after;
             return;
         }
-        l.to = None;
-        if let Some(guard) = l.guard {
-            let _ = self.memory.write(guard as usize, &0u32.to_le_bytes());
+        let mut at = block.incoming;
+        while let Some(l) = self.links.get_mut(at as usize) {
+            if l.next == link {
+                l.next = after;
+                return;
+            }
+            at = l.next;
         }
-        let rel = l.unresolved.wrapping_sub(l.site + 4);
-        let _ = self.memory.write(l.site as usize, &rel.to_le_bytes());
+    }
+
+    /// Makes the links that lead to a block lead nowhere.
+    fn unlink(&mut self, block: u32) {
+        let mut next = std::mem::replace(&mut self.blocks[block as usize].incoming, NONE);
+        while let Some(l) = self.links.get_mut(next as usize) {
+            l.to = NONE;
+            next = std::mem::replace(&mut l.next, NONE);
+            if l.guarded {
+                let _ = self.memory.write((l.site - emit::GUARD) as usize, &0u32.to_le_bytes());
+            }
+            let rel = l.unresolved.wrapping_sub(l.site + 4);
+            let _ = self.memory.write(l.site as usize, &rel.to_le_bytes());
+        }
     }
 
     /// Throws away the blocks on the page at host address `page` whose guest code overlaps the bytes; all of the page
@@ -283,17 +334,14 @@ impl Blocks {
             if !block.alive {
                 return false;
             }
-            if !block.guest.overlaps(page, &bytes) {
+            if !block.overlaps(page, &bytes) {
                 return true;
             }
             block.alive = false;
-            let (key, incoming) = (block.key, std::mem::take(&mut block.incoming));
-            if self.by_key.get(&key) == Some(&id) {
-                self.by_key.remove(&key);
+            if let Ok(entry) = self.by_key.find_entry(block.key().hash(), |&other| other == id) {
+                entry.remove();
             }
-            for link in incoming {
-                self.unlink(link, id);
-            }
+            self.unlink(id);
             self.dropped += 1;
             false
         });
@@ -310,6 +358,7 @@ impl Blocks {
         self.blocks.clear();
         self.by_key.clear();
         self.links.clear();
+        self.marks.clear();
         self.by_page.drain().map(|(page, _)| page).collect()
     }
 
@@ -319,10 +368,7 @@ impl Blocks {
         let index = self.blocks.partition_point(|b| b.host <= offset).checked_sub(1)?;
         let block = &self.blocks[index];
         let inside = offset - block.host;
-        let mark = &block.marks[block.marks.partition_point(|m| m.host <= inside).checked_sub(1)?];
-        Some(GuestPoint {
-            rip: block.key.va.wrapping_add(u64::from(mark.guest)),
-            host_flags: mark.host_flags,
-        })
+        let mark = self.marks.find(block.marks, inside)?;
+        Some(GuestPoint { rip: block.va.wrapping_add(u64::from(mark.guest)), host_flags: mark.host_flags })
     }
 }

@@ -27,7 +27,8 @@ pub unsafe fn enter(enter: u64, code: *const u8) {
     unsafe { function(code) };
 }
 
-/// Serves an access that the TLB has no entry for: the host address, or 0 if tier 0 must execute the instruction.
+/// Serves an access that the TLB has no entry for: the host address, or 0 if tier 0 must execute the instruction. `pc`
+/// is the address behind the call.
 ///
 /// # Safety
 /// Called by generated code only, with the address of the running vCPU's block.
@@ -50,7 +51,7 @@ pub unsafe extern "C" fn slow_access(cpu: u64, va: u64, kind: u64, pc: u64) -> u
             return host;
         }
     }
-    cpu.exit_value = pc;
+    cpu.exit_value = pc - 1;
     0
 }
 

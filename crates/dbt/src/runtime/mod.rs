@@ -5,6 +5,7 @@ mod check;
 pub mod engine;
 mod enter;
 mod fault;
+mod marks;
 #[cfg(test)]
 mod tests;
 pub mod vcpu;

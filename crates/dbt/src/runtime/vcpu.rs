@@ -34,6 +34,9 @@ use crate::{
 /// Bytes of code that a region is lifted from at most.
 const LIFTED: usize = 768;
 
+/// Why [`Blocks::locate`] knows every address in generated code.
+const MARKED: &str = "generated code has marks from its first byte on";
+
 /// A vCPU of the translator.
 pub struct DbtVcpu {
     pub(super) cpu: CpuBox,
@@ -58,7 +61,6 @@ impl DbtVcpu {
         let lifter = Lifter::new(Box::new(move |i| features.allow(i)));
         let avx = std::is_x86_feature_detected!("avx");
         let blocks = Blocks::new(enter::slow_access, lifter, avx)?;
-        cpu.mmu.set_jump_miss(blocks.thunks().exit_at as *const u8);
         cpu.update_mode();
         Ok(Self { cpu, blocks, handle, peer, options, pending_link: None, mismatch: None })
     }
@@ -163,7 +165,6 @@ impl DbtVcpu {
         let old = self.cpu.save_state();
         let state = VcpuState {
             fpu: old.fpu,
-            tsc: old.tsc,
             tsc_adjust: old.tsc_adjust,
             pat: old.pat,
             mtrr_def_type: old.mtrr_def_type,
@@ -303,7 +304,7 @@ impl DbtVcpu {
         let here = left.min(LIFTED);
         crate::mmu::access::load(host, &mut bytes[..here]);
         if let Some(region) = self.lift(va, &bytes[..here], mode) {
-            return Ok(self.store(&region, Source::new(&region, page, None), mode));
+            return Ok(self.store(&region, Source { page, second: None }, mode));
         }
         // The first instruction leaves the page: a block of its own. Its faults are tier 0's.
         let Ok(Some(second)) = self.second_page(va) else { return Ok(None) };
@@ -314,7 +315,7 @@ impl DbtVcpu {
         if self.options.check {
             region.keep_flags();
         }
-        Ok(self.store(&region, Source::new(&region, page, Some(second)), mode))
+        Ok(self.store(&region, Source { page, second: Some(second) }, mode))
     }
 
     /// Lifts the region at `va`; in check mode it is one instruction, all of whose flags count.
@@ -395,6 +396,17 @@ impl DbtVcpu {
         self.peer.set_running(false);
         let cpu = &mut *self.cpu;
         cpu.rflags = cpu.rflags & !rflags::ARITH | cpu.arith & rflags::ARITH;
+        match cpu.exit_reason {
+            exit::LINK => {
+                let target = self.blocks.link_target(cpu.exit_aux as u32);
+                cpu.exit_value = target.expect("blocks go only between runs of generated code");
+            }
+            exit::POLL => {
+                cpu.exit_reason = exit::AT;
+                cpu.exit_value = self.blocks.locate(cpu.exit_value - 1).expect(MARKED).rip;
+            }
+            _ => {}
+        }
     }
 
     fn after_exit(&mut self) -> Result<(), Exception> {
@@ -410,8 +422,7 @@ impl DbtVcpu {
                 tier0::step(&mut self.cpu)
             }
             exit::FAULT => {
-                let point =
-                    self.blocks.locate(value).expect("generated code has marks from its first byte on");
+                let point = self.blocks.locate(value).expect(MARKED);
                 self.cpu.rip = point.rip;
                 if point.host_flags {
                     let flags = self.cpu.scratch[1];

@@ -14,7 +14,7 @@ use super::{
 };
 use crate::{
     frontend::x86_64::ARITH,
-    ir::{MemUse, Node, Op, Region, Value},
+    ir::{ACCESS_SIZES, MemUse, Node, Op, Region, Value},
     mmu::tlb::{JUMPS, Jump},
 };
 
@@ -30,12 +30,16 @@ pub struct Link {
     pub site: u32,
     /// Offset of the code that the displacement leads to as long as it is not.
     pub unresolved: u32,
-    /// For a target on another page: offset of the constant that is compared with the generation of mappings.
-    pub guard: Option<u32>,
+    /// For a target on another page: [`GUARD`] bytes before the site lies a constant that is compared with the
+    /// generation of mappings.
+    pub guarded: bool,
 }
 
+/// Distance of a link's guard from its site: the constant, a conditional jump, the opcode of the jump.
+pub const GUARD: u32 = 4 + 6 + 1;
+
 /// Where in the host code a guest instruction begins.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Mark {
     /// Offset in the region's code.
     pub host: u32,
@@ -61,7 +65,6 @@ pub(super) struct SlowPath {
     pub branch: usize,
     pub back: u64,
     pub mem: MemUse,
-    pub tag: i32,
     pub guest: u16,
 }
 
@@ -73,8 +76,8 @@ struct Stub {
 }
 
 enum StubKind {
-    /// Leave with [`super::exit::AT`] at this linear address.
-    At(u64),
+    /// Leave with [`super::exit::POLL`] before the guest instruction at this offset.
+    Poll(u16),
     /// Leave to a linear address that may be linked; save the flags first.
     Exit { target: u64, save_flags: bool },
     /// The link with this index is not resolved.
@@ -135,7 +138,7 @@ impl<'a> Emitter<'a> {
         self.mark();
         self.asm.cmp_imm32(block::REQUESTS, 0);
         let branch = self.asm.jcc(cc::NE, 0);
-        self.stubs.push(Stub { branch, kind: StubKind::At(region.start) });
+        self.stubs.push(Stub { branch, kind: StubKind::Poll(0) });
         if region.nodes.iter().any(|n| n.vector) {
             self.asm.cmp_imm32(block::VECTORS_RESIDENT, 0);
             let over = self.asm.jcc(cc::NE, 0);
@@ -172,7 +175,8 @@ impl<'a> Emitter<'a> {
         if region.after_sti {
             self.asm.cmp_imm32(block::IRQ_WAITING, 0);
             let branch = self.asm.jcc(cc::NE, 0);
-            self.stubs.push(Stub { branch, kind: StubKind::At(region.end) });
+            self.stubs
+                .push(Stub { branch, kind: StubKind::Poll((region.end.wrapping_sub(region.start)) as u16) });
         }
         self.exit_to(region.end);
     }
@@ -460,20 +464,18 @@ impl<'a> Emitter<'a> {
         let index = self.links.len();
         // An instruction that begins near the end of the page may depend on the next page's mapping.
         let same_page = target >> 12 == self.start >> 12 && target & 0xfff <= 4096 - LONGEST;
-        let guard = (!same_page).then(|| {
+        if !same_page {
             let generation =
                 if target >> 63 != 0 { block::KERNEL_GENERATION } else { block::USER_GENERATION };
             // Generation 0 is never in force: the guard fails until the link is resolved.
             self.asm.mem(&[], false, &[0x81], 7, generation);
-            let at = self.asm.code.len() as u32;
             self.asm.bytes(&0u32.to_le_bytes());
             let branch = self.asm.jcc(cc::NE, 0);
             self.stubs.push(Stub { branch, kind: StubKind::Unresolved(index) });
-            at
-        });
+        }
         let site = self.asm.jmp(0);
         self.stubs.push(Stub { branch: site, kind: StubKind::Unresolved(index) });
-        self.links.push(Link { target, site: site as u32, unresolved: 0, guard });
+        self.links.push(Link { target, site: site as u32, unresolved: 0, guarded: !same_page });
     }
 
     /// Leaves to the linear address in T0 through the jump cache. The flags are in the block.
@@ -497,10 +499,10 @@ impl<'a> Emitter<'a> {
             let Stub { branch, ref kind } = self.stubs[next];
             next += 1;
             match *kind {
-                StubKind::At(address) => {
+                StubKind::Poll(guest) => {
                     self.asm.bind(branch);
-                    self.asm.mov_imm(T0, address);
-                    self.asm.jmp(self.thunks.exit_at);
+                    self.marks.push(Mark { host: self.asm.code.len() as u32, guest, host_flags: false });
+                    self.asm.call(self.thunks.exit_poll);
                 }
                 StubKind::Exit { target, save_flags } => {
                     self.asm.bind(branch);
@@ -523,25 +525,26 @@ impl<'a> Emitter<'a> {
         if link.unresolved == 0 {
             self.links[index].unresolved = self.asm.code.len() as u32;
             self.asm.bind(branch);
-            self.asm.mov_imm(T0, link.target);
-            self.asm.store_imm32(block::EXIT_AUX, self.first_link + index as u32);
-            let exit = if link.guard.is_some() { self.thunks.lookup_link } else { self.thunks.exit_link };
-            self.asm.jmp(exit);
+            if link.guarded {
+                self.asm.mov_imm(T0, link.target);
+                self.asm.call(self.thunks.lookup_link);
+            } else {
+                self.asm.call(self.thunks.exit_link);
+            }
+            self.asm.bytes(&(self.first_link + index as u32).to_le_bytes());
         } else {
             let rel = link.unresolved.wrapping_sub(branch as u32 + 4);
             self.asm.code[branch..branch + 4].copy_from_slice(&rel.to_le_bytes());
         }
     }
 
-    /// T0 holds the address less the tag, T1 the entry's address.
     fn slow_path(&mut self, slow: &SlowPath) {
         self.asm.bind(slow.branch);
         self.marks.push(Mark { host: self.asm.code.len() as u32, guest: slow.guest, host_flags: false });
-        self.asm.mem(&[], true, &[0x03], T0, Mem::At(T1, slow.tag)); // add T0, [T1 + tag]
-        self.asm.mov_imm(T1, u64::from(slow.mem.size) | u64::from(slow.mem.write) << 8);
-        self.asm.call(self.thunks.slow_access);
-        let back = slow.back;
-        self.asm.jmp(back);
+        let size =
+            ACCESS_SIZES.iter().position(|&s| s == slow.mem.size).expect("the front end knows the sizes");
+        self.asm.call(self.thunks.slow_access[size][usize::from(slow.mem.write)]);
+        self.asm.jmp(slow.back);
     }
 }
 

@@ -77,11 +77,14 @@ pub(crate) mod block {
 pub mod exit {
     /// Go on at the linear address in `exit_value`; requests or interrupts may wait.
     pub const AT: u32 = 0;
-    /// As [`AT`], through the link whose number is in `exit_aux`, which can be made direct.
+    /// Go on where the link leads whose number is in `exit_aux`, which can be made direct.
     pub const LINK: u32 = 1;
     /// Tier 0 executes the instruction at the linear address in `exit_value`.
     pub const INTERPRET: u32 = 2;
     /// The host instruction at (or right before) the address in `exit_value` could not be executed: tier 0 executes the
     /// guest instruction that it belongs to.
     pub const FAULT: u32 = 3;
+    /// A request waits. Go on with the guest instruction to which the code right before the address in `exit_value`
+    /// belongs.
+    pub const POLL: u32 = 4;
 }

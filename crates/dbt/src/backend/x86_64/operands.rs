@@ -107,15 +107,14 @@ impl Emitter<'_> {
         asm.bytes(&[0x41, 0x81, 0xe0 | T1 & 7]); // and T1d, MASK
         asm.bytes(&MASK.to_le_bytes());
         asm.mem(&[], true, &[0x03], T1, block::TLB); // add T1, [tlb]
-        let tag =
-            if mem.write { std::mem::offset_of!(Entry, write) } else { std::mem::offset_of!(Entry, read) };
-        asm.mem(&[], true, &[0x2b], T0, Mem::At(T1, tag as i32)); // sub T0, [T1 + tag]
+        // sub T0, [T1 + tag]
+        asm.mem(&[], true, &[0x2b], T0, Mem::At(T1, Entry::tag_offset(mem.write)));
         asm.bytes(&[0x49, 0x81, 0xf8 | T0 & 7]); // cmp T0, 4096 - size
         asm.bytes(&(4096 - u32::from(mem.size)).to_le_bytes());
         let branch = asm.jcc(cc::A, 0);
         asm.mem(&[], true, &[0x03], T0, Mem::At(T1, std::mem::offset_of!(Entry, host) as i32));
         let back = self.asm.here();
-        self.slow_paths.push(SlowPath { branch, back, mem, tag: tag as i32, guest: self.guest_offset });
+        self.slow_paths.push(SlowPath { branch, back, mem, guest: self.guest_offset });
     }
 
     /// Re-encodes the instruction for the host. Its memory operand, if it has one, is at the address in T0.

@@ -7,7 +7,10 @@ use super::{
     },
     block, exit,
 };
-use crate::mmu::tlb::{JUMPS, Jump};
+use crate::{
+    ir::ACCESS_SIZES,
+    mmu::tlb::{Entry, JUMPS, Jump},
+};
 
 /// Addresses of the shared code.
 #[derive(Clone, Copy, Debug, Default)]
@@ -16,17 +19,20 @@ pub struct Thunks {
     pub enter: u64,
     /// Leaves with [`exit::AT`]; T0 holds the linear address.
     pub exit_at: u64,
-    /// Leaves with [`exit::LINK`]; T0 holds the linear address, `exit_aux` the link.
+    /// Called; the link's number lies behind the call. Leaves with [`exit::LINK`].
     pub exit_link: u64,
-    /// Goes to the linear address in T0 if the jump cache knows it, else as `exit_link`.
+    /// Called; the link's number lies behind the call. Goes to the linear address in T0 if the jump cache knows it,
+    /// else leaves with [`exit::LINK`].
     pub lookup_link: u64,
+    /// Called: leaves with [`exit::POLL`].
+    pub exit_poll: u64,
     /// Leaves with [`exit::INTERPRET`]; T0 holds the linear address.
     pub exit_interpret: u64,
     /// Leaves with [`exit::FAULT`]; T0 holds the host address that faulted. Entered by the signal handler.
     pub exit_fault: u64,
-    /// Called with a linear address in T0 and size and kind in T1: returns the host address in T0, or leaves with
-    /// [`exit::FAULT`].
-    pub slow_access: u64,
+    /// By index of [`ACCESS_SIZES`] and by whether it is a write. Called after a probe that missed: returns the host
+    /// address in T0, or leaves with [`exit::FAULT`].
+    pub slow_access: [[u64; 2]; ACCESS_SIZES.len()],
     /// Called: loads the vector registers and MXCSR into the host's. Destroys the flags.
     pub load_vectors: u64,
     /// Called: loads the x87 registers into the host's unit. Destroys the flags.
@@ -79,7 +85,14 @@ impl Thunks {
         thunks.exit_at = asm.here();
         exit_with(&mut asm, exit::AT, leave);
         thunks.exit_link = asm.here();
+        pop(&mut asm, T1);
+        asm.mem(&[], false, &[0x8b], T1, Mem::At(T1, 0));
+        let unknown = asm.here();
+        asm.store(block::EXIT_AUX, T1);
         exit_with(&mut asm, exit::LINK, leave);
+        thunks.exit_poll = asm.here();
+        pop(&mut asm, T0);
+        exit_with(&mut asm, exit::POLL, leave);
         thunks.exit_interpret = asm.here();
         exit_with(&mut asm, exit::INTERPRET, leave);
         thunks.exit_fault = asm.here();
@@ -88,9 +101,18 @@ impl Thunks {
         asm.mem(&[], false, &[0x8f], 0, block::scratch(1));
         exit_with(&mut asm, exit::FAULT, leave);
         thunks.lookup_link = asm.here();
-        lookup(&mut asm, thunks.exit_link);
-        thunks.slow_access = asm.here();
+        lookup(&mut asm, unknown);
+        let common = asm.here();
         slow_access(&mut asm, slow, load, store);
+        for (size, thunks) in ACCESS_SIZES.into_iter().zip(&mut thunks.slow_access) {
+            for write in [false, true] {
+                thunks[usize::from(write)] = asm.here();
+                // The probe left the address less the tag in T0, the entry's address in T1.
+                asm.mem(&[], true, &[0x03], T0, Mem::At(T1, Entry::tag_offset(write)));
+                asm.mov_imm(T1, u64::from(size) | u64::from(write) << 8);
+                asm.jmp(common);
+            }
+        }
         thunks.load_x87 = asm.here();
         load_x87(&mut asm);
         (thunks, asm.code)
@@ -165,15 +187,21 @@ fn exit_with(asm: &mut Asm, reason: u32, leave: u64) {
     asm.jmp(leave);
 }
 
-fn lookup(asm: &mut Asm, miss: u64) {
+fn lookup(asm: &mut Asm, unknown: u64) {
+    pop(asm, T1);
+    asm.mem(&[], false, &[0x8b], T1, Mem::At(T1, 0));
+    asm.store(block::scratch(2), T1);
     asm.regs(false, &[0x8b], T1, T0);
     asm.bytes(&[0x41, 0x81, 0xe0 | T1 & 7]);
     asm.bytes(&((JUMPS - 1) as u32).to_le_bytes());
     asm.bytes(&[0x41, 0xc1, 0xe0 | T1 & 7, size_of::<Jump>().trailing_zeros() as u8]);
     asm.mem(&[], true, &[0x03], T1, block::JUMPS);
     asm.mem(&[], true, &[0x3b], T0, Mem::At(T1, 0));
-    asm.jcc(cc::NE, miss);
+    let miss = asm.jcc(cc::NE, 0);
     asm.jmp_mem(T1, std::mem::offset_of!(Jump, host) as i32);
+    asm.bind(miss);
+    asm.load(T1, block::scratch(2));
+    asm.jmp(unknown);
 }
 
 fn slow_access(asm: &mut Asm, slow: SlowAccess, load: u64, store: u64) {
