@@ -141,6 +141,30 @@ fn x87_stays_in_the_host_unit() {
 }
 
 #[test]
+fn conversions_to_mmx_registers_obey_and_change_mxcsr() {
+    let (vcpu, _) = run(|a| {
+        let (mut alone, mut after) = (a.create_label(), a.create_label());
+        a.mov(rbx, DATA).unwrap();
+        // Round up.
+        a.mov(dword_ptr(rbx), 0x5f80).unwrap();
+        a.ldmxcsr(dword_ptr(rbx)).unwrap();
+        a.mov(dword_ptr(rbx), 1.25f32.to_bits()).unwrap();
+        a.mov(dword_ptr(rbx + 4), 2.25f32.to_bits()).unwrap();
+        a.jmp(alone).unwrap();
+        a.set_label(&mut alone).unwrap();
+        a.cvtps2pi(mm0, qword_ptr(rbx)).unwrap();
+        a.jmp(after).unwrap();
+        a.set_label(&mut after).unwrap();
+        a.movq(rax, mm0).unwrap();
+        a.emms().unwrap();
+        a.stmxcsr(dword_ptr(rbx)).unwrap();
+        a.mov(rcx, qword_ptr(rbx)).unwrap();
+    });
+    assert_eq!(result(&vcpu), 3 << 32 | 2);
+    assert_eq!(vcpu.cpu().gpr[reg::RCX] as u32, 0x5fa0, "the precision flag is set");
+}
+
+#[test]
 fn a_page_fault_is_precise() {
     let mut machine = Machine::long();
     machine.unmap(DATA + 0x1000);
