@@ -355,16 +355,7 @@ fn is_vector(i: &Instruction) -> bool {
         EncodingKind::VEX => !i.cpuid_features().iter().all(|f| matches!(f, F::BMI1 | F::BMI2)),
         _ => {
             (0..i.op_count()).any(|op| i.op_kind(op) == OpKind::Register && i.op_register(op).is_xmm())
-                || matches!(
-                    i.mnemonic(),
-                    Mnemonic::Ldmxcsr
-                        | Mnemonic::Stmxcsr
-                        // From memory to an MMX register, rounded as MXCSR says.
-                        | Mnemonic::Cvtps2pi
-                        | Mnemonic::Cvttps2pi
-                        | Mnemonic::Cvtpd2pi
-                        | Mnemonic::Cvttpd2pi
-                )
+                || matches!(i.mnemonic(), Mnemonic::Ldmxcsr | Mnemonic::Stmxcsr)
                 || converts_from_memory(i.mnemonic())
         }
     }
