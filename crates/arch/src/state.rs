@@ -170,7 +170,7 @@ pub struct VcpuState {
     pub mtrr_fixed: [u64; 11],
     /// Variable-range MTRRs: base and mask.
     pub mtrr_variable: [(u64, u64); 8],
-    /// The guest's time-stamp counter at the moment of saving.
+    /// The guest's time-stamp counter at the moment of saving; 0 leaves a vCPU's as it is.
     pub tsc: u64,
     /// What the vCPU is doing.
     pub mp_state: MpState,

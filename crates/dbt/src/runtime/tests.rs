@@ -1,7 +1,10 @@
 //! Translated programs: what they compute, how they fault, and that changed code is noticed.
 
 use iced_x86::code_asm::*;
-use ruse_arch::{Exception, MpState, state::reg};
+use ruse_arch::{
+    Exception, MpState,
+    state::{reg, seg},
+};
 use ruse_engine::{Halt, Vcpu};
 
 use super::{engine::DbtOptions, vcpu::DbtVcpu};
@@ -260,4 +263,19 @@ fn check_mode_finds_a_translation_that_is_wrong() {
     (cpu.rip, cpu.mp_state) = (CODE, MpState::Running);
     let text = vcpu.run(&NullBus).unwrap_err().to_string();
     assert!(text.contains("add rax,6") && text.contains("register 0: 0x15 / 0x14"), "{text}");
+}
+
+#[test]
+fn the_time_stamp_counter_runs_on_over_an_init() {
+    let mut machine = Machine::long();
+    machine.load(&assemble(|_| ()));
+    let mut vcpu = DbtVcpu::new(machine.cpu, DbtOptions::default()).unwrap();
+    let offset = vcpu.cpu().tsc_offset;
+    vcpu.cpu_mut().tsc_adjust = 5;
+    vcpu.handle().init();
+    vcpu.handle().kick();
+    assert_eq!(vcpu.run(&NullBus).unwrap(), Halt::Kicked);
+    assert_eq!(vcpu.cpu().seg[seg::CS].selector, 0xf000, "INIT has come");
+    // Kernels compare the counters of their CPUs to the cycle.
+    assert_eq!((vcpu.cpu().tsc_offset, vcpu.cpu().tsc_adjust), (offset, 5));
 }

@@ -22,6 +22,9 @@ pub(super) fn execute(cpu: &mut Cpu, insn: &Insn) -> Result<bool, Exception> {
         }
         Mnemonic::Rdtsc => read_tsc(cpu)?,
         Mnemonic::Rdtscp => {
+            // It waits for all loads before it (SDM volume 2, RDTSCP): kernels compare the counters of their CPUs so.
+            // SAFETY: LFENCE has no preconditions.
+            unsafe { core::arch::x86_64::_mm_lfence() };
             read_tsc(cpu)?;
             cpu.set_reg(Register::ECX, cpu.tsc_aux);
         }
