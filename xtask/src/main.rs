@@ -1,6 +1,7 @@
-//! Chores of the project: `cargo xtask bench`.
+//! Chores of the project: `cargo xtask bench` and `cargo xtask fuzz`.
 
 mod bench;
+mod fuzz;
 
 use std::process::ExitCode;
 
@@ -18,11 +19,14 @@ struct Arguments {
 enum Chore {
     /// Runs the benchmark guest natively, under QEMU's translator and under Ruse, and compares.
     Bench(bench::Options),
+    /// Runs the fuzz targets with inputs that libFuzzer mutates by coverage.
+    Fuzz(fuzz::Options),
 }
 
 fn main() -> ExitCode {
     let done = match Arguments::parse().chore {
         Chore::Bench(options) => bench::run(&options),
+        Chore::Fuzz(options) => fuzz::run(&options),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

@@ -110,11 +110,9 @@ impl Header {
         })
     }
 
-    /// Where the kernel goes: where it would like to be, or the first aligned address above 1 MiB if it does not fit
-    /// there and may be moved.
+    /// Where the kernel goes: where it would like to be. One that is loaded below moves itself there (boot.rst,
+    /// `pref_address`), so that less RAM does not help.
     fn address(&self, loader: &Loader<'_>) -> Result<u64, LoadError> {
-        let space = loader.place.end();
-        let fits = |at: u64| at.checked_add(self.init_size).is_some_and(|end| end <= space);
         let preferred = if self.relocatable {
             self.pref_address.max(ONE_MIB).checked_next_multiple_of(self.alignment).unwrap_or(u64::MAX)
         } else {
@@ -123,12 +121,8 @@ impl Header {
         if preferred < ONE_MIB {
             return Err(loader.bad(format!("it wants to be loaded at {preferred:#x}, below 1 MiB")));
         }
-        if fits(preferred) {
-            return Ok(preferred);
-        }
-        let lowest = if self.relocatable { ONE_MIB.next_multiple_of(self.alignment) } else { preferred };
-        loader.check_fits(lowest.saturating_add(self.init_size))?;
-        Ok(lowest)
+        loader.check_fits(preferred.saturating_add(self.init_size))?;
+        Ok(preferred)
     }
 
     /// The text of the version, up to its ending zero.

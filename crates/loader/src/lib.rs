@@ -23,6 +23,8 @@ mod zero_page;
 pub mod acpi;
 pub mod e820;
 pub mod entry;
+#[cfg(any(test, feature = "test-images"))]
+pub mod test_images;
 
 use std::ops::Range;
 
