@@ -50,6 +50,9 @@ const EDX7_HOST: u32 = 1 << 4;
 /// Leaf 7 EDX of the engine: IBRS with IBPB, and IA32_ARCH_CAPABILITIES. Systems take enhanced IBRS for all that is
 /// needed against branch target injection, and leave their indirect branches as they are.
 const EDX7_OWN: u32 = 1 << 26 | 1 << 29;
+/// Leaf 7, subleaf 2, EDX of the engine: BHI_DIS_S. Systems that cannot have it clear the branch history by a loop of
+/// calls at each system call.
+const EDX7_2_OWN: u32 = 1 << 4;
 
 /// Leaf 80000001h: LAHF (host), LZCNT (host), PREFETCHW; SYSCALL, NX, 1 GiB pages, RDTSCP, long mode.
 const ECX_EXT_HOST: u32 = 1 | 1 << 5;
@@ -121,8 +124,9 @@ fn features7(table: &mut CpuidTable) {
     if host(1, 0)[2] >> 28 & 1 == 0 {
         ebx &= !(1 << 5);
     }
-    let regs = [0, ebx, ECX7, found[3] & EDX7_HOST | EDX7_OWN];
+    let regs = [2, ebx, ECX7, found[3] & EDX7_HOST | EDX7_OWN];
     table.0.push(CpuidEntry { leaf: 7, subleaf: Some(0), regs });
+    table.0.push(CpuidEntry { leaf: 7, subleaf: Some(2), regs: [0, 0, 0, EDX7_2_OWN] });
 }
 
 /// Leaf Dh: x87, SSE and, where the host has it, AVX; XSAVEOPT, XSAVEC and XGETBV with index 1, but not XSAVES.

@@ -176,8 +176,9 @@ impl CpuidPlan {
     /// believes them need not measure.
     fn frequencies(&self, table: &mut CpuidTable) {
         table.0.retain(|e| e.leaf != 0x15 && e.leaf != 0x16);
-        let divisor = gcd(self.tsc_hz, self.timer_hz);
-        let (tsc, timer) = (self.tsc_hz / divisor, self.timer_hz / divisor);
+        // Linux multiplies the clock in kHz by the numerator in 32 bits (arch/x86/kernel/tsc.c, native_calibrate_tsc).
+        let limit = u64::from(u32::MAX) / self.timer_hz.div_ceil(1000).max(1);
+        let (tsc, timer) = nearest_fraction(self.tsc_hz, self.timer_hz, limit);
         if let (Ok(tsc), Ok(timer), Ok(hz)) = (tsc.try_into(), timer.try_into(), self.timer_hz.try_into()) {
             table.0.push(CpuidEntry { leaf: 0x15, subleaf: None, regs: [timer, tsc, hz, 0] });
         }
@@ -191,8 +192,21 @@ fn bits_for(count: u32) -> u32 {
     count.max(1).next_power_of_two().trailing_zeros()
 }
 
-fn gcd(a: u64, b: u64) -> u64 {
-    if b == 0 { a.max(1) } else { gcd(b, a % b) }
+/// The fraction nearest to `a / b` whose numerator is at most `limit`, by the continued fraction.
+fn nearest_fraction(mut a: u64, mut b: u64, limit: u64) -> (u64, u64) {
+    let (mut before, mut last) = ((0, 1), (1, 0));
+    while b != 0 {
+        let (whole, rest) = (a / b, a % b);
+        let steps = (limit - before.0).checked_div(last.0).map_or(whole, |most| most.min(whole));
+        let next = (steps * last.0 + before.0, steps * last.1 + before.1);
+        if steps < whole {
+            // Less than half of the steps lead to a worse fraction than none.
+            return if steps > whole / 2 { next } else { last };
+        }
+        (before, last) = (last, next);
+        (a, b) = (b, rest);
+    }
+    last
 }
 
 #[cfg(test)]
@@ -243,11 +257,21 @@ mod tests {
         assert!("486".parse::<CpuModel>().is_err());
     }
 
+    /// What Linux computes in 32 bits from leaf 15h, in kHz.
+    fn tsc_khz(tsc_hz: u64) -> u32 {
+        let plan = CpuidPlan::new(supported(), CpuModel::Max, Topology::flat(1), tsc_hz, 1_000_000_000);
+        let [timer, tsc, hz, _] = plan.table(0).get(0x15, 0);
+        (hz / 1000).checked_mul(tsc).expect("it fits") / timer
+    }
+
     #[test]
-    fn the_frequency_is_exact() {
-        let [timer, tsc, hz, _] = plan(CpuModel::Max, Topology::flat(1)).table(0).get(0x15, 0);
-        assert_eq!(u64::from(hz) * u64::from(tsc) / u64::from(timer), 2_400_000_000);
-        let odd = CpuidPlan::new(supported(), CpuModel::Max, Topology::flat(1), 2_399_999_999, 1_000_000_000);
-        assert_eq!(odd.table(0).get(0x15, 0)[1], 2_399_999_999);
+    fn systems_learn_the_frequency_from_32_bits() {
+        for exact in [800_000_000, 1_000_000_000, 2_400_000_000, 2_112_000_000, 5_300_000_000] {
+            assert_eq!(u64::from(tsc_khz(exact)), exact / 1000);
+        }
+        for odd in [999_999_937, 2_294_608_753, 2_399_999_999, 2_593_906_123, 5_859_900_000] {
+            let error = (u64::from(tsc_khz(odd)) * 1000).abs_diff(odd);
+            assert!(error < odd / 500_000, "{error} Hz of {odd}");
+        }
     }
 }

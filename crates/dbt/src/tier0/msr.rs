@@ -44,8 +44,8 @@ const MISC_ENABLE_KNOWN: u64 =
     1 | 1 << 3 | 1 << 7 | 1 << 11 | 1 << 12 | 1 << 16 | 1 << 18 | 1 << 22 | 1 << 23 | 1 << 34;
 const MISC_ENABLE_ONES: u64 = 1 << 11 | 1 << 12;
 
-/// SPEC_CTRL: IBRS, STIBP, SSBD.
-const SPEC_CTRL_KNOWN: u64 = 7;
+/// SPEC_CTRL: IBRS, STIBP, SSBD, BHI_DIS_S.
+const SPEC_CTRL_KNOWN: u64 = 7 | 1 << 10;
 
 const BAD: Exception = Exception::gp(0);
 
