@@ -134,6 +134,10 @@ impl Channel {
             (_, Some(low)) => u16::from_le_bytes([low, value]),
             (_, None) => {
                 self.low_byte = Some(value);
+                if self.mode == 0 {
+                    // The first of two bytes ends the counting and lowers the output (Mode 0).
+                    (self.start, self.stopped) = (None, None);
+                }
                 return;
             }
         };

@@ -59,6 +59,19 @@ fn mode_0_interrupts_once() {
 }
 
 #[test]
+fn mode_0_stops_between_the_bytes_of_a_new_count() {
+    let mut pit = Pit::new();
+    program(&mut pit, 0, 0, 100, at(0));
+    write(&mut pit, 0x40, 50, at(90));
+    assert_eq!(pit.deadline(), None);
+    assert_eq!(tick(&mut pit, at(200)), []);
+    assert_eq!(write(&mut pit, 0x40, 0, at(200)), []);
+    assert_eq!(pit.deadline(), Some(at(251)));
+    assert_eq!(tick(&mut pit, at(251)), [(0, true)]);
+    assert_eq!(write(&mut pit, 0x40, 50, at(300)), [(0, false)], "the first byte lowers the output");
+}
+
+#[test]
 fn mode_2_is_periodic_and_coalesces() {
     let mut pit = Pit::new();
     program(&mut pit, 0, 2, 1000, at(0));
