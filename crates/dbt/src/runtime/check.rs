@@ -7,7 +7,7 @@ use iced_x86::{Formatter, Instruction, IntelFormatter};
 use ruse_arch::{
     Exception,
     flags::rflags,
-    paging::{Access, is_canonical},
+    paging::Access,
     state::{reg, seg},
 };
 
@@ -77,10 +77,6 @@ impl DbtVcpu {
         }
         restore(&mut self.cpu, &before);
         if let Err(fault) = tier0::step(&mut self.cpu) {
-            if !is_canonical(translated.rip) {
-                // A branch out of the address space: translated code faults at the target, tier 0 at the branch.
-                return Err(fault);
-            }
             let text = format!("tier 0 raises {fault:?}, the translator nothing");
             return Ok(Some(report(&insn.i, &text, "")));
         }

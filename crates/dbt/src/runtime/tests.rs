@@ -279,3 +279,26 @@ fn the_time_stamp_counter_runs_on_over_an_init() {
     // Kernels compare the counters of their CPUs to the cycle.
     assert_eq!((vcpu.cpu().tsc_offset, vcpu.cpu().tsc_adjust), (offset, 5));
 }
+
+#[test]
+fn a_branch_out_of_the_address_space_faults_where_it_is() {
+    const OUTSIDE: u64 = 1 << 63;
+    let branches: [fn(&mut CodeAssembler); 4] = [
+        |a| a.jmp(rbx).unwrap(),
+        |a| a.call(rbx).unwrap(),
+        |a| a.call(qword_ptr(rsp)).unwrap(),
+        |a| a.ret_1(16).unwrap(),
+    ];
+    for branch in branches {
+        let (vcpu, fault) = run(|a| {
+            a.mov(rbx, OUTSIDE).unwrap();
+            a.push(rbx).unwrap();
+            a.mov(qword_ptr(rsp - 8), 7).unwrap();
+            a.lea(rax, ptr(rsp)).unwrap();
+            branch(a);
+        });
+        assert_eq!(fault, Exception::gp(0));
+        assert_eq!(vcpu.cpu().gpr[reg::RSP], result(&vcpu));
+        assert!((CODE..CODE + 64).contains(&vcpu.cpu().rip));
+    }
+}

@@ -166,9 +166,9 @@ impl Asm {
         let rel = (self.code.len() - at - 4) as u32;
         self.code[at..at + 4].copy_from_slice(&rel.to_le_bytes());
     }
-    /// `jmp [base + disp]`.
-    pub fn jmp_mem(&mut self, base: u8, disp: i32) {
-        self.mem(&[], false, &[0xff], 4, Mem::At(base, disp));
+    /// `jmp [mem]`.
+    pub fn jmp_mem(&mut self, mem: Mem) {
+        self.mem(&[], false, &[0xff], 4, mem);
     }
 
     fn rel32(&mut self, target: u64) -> usize {
@@ -221,7 +221,7 @@ mod tests {
         assert_eq!(text(|a| a.mov_imm(15, u64::MAX)), "mov r15,0FFFFFFFFFFFFFFFFh");
         assert_eq!(text(|a| a.mov_imm(15, 1 << 40)), "mov r15,10000000000h");
         assert_eq!(text(|a| a.cmp_imm32(Mem::Block(-64), 0)), "cmp dword ptr gs:[0FFFFFFFFFFFFFFC0h],0");
-        assert_eq!(text(|a| a.jmp_mem(15, 8)), "jmp qword ptr [r15+8]");
+        assert_eq!(text(|a| a.jmp_mem(Mem::At(15, 8))), "jmp qword ptr [r15+8]");
         assert_eq!(text(|a| _ = a.jcc(cc::NE, 0x1010)), "jne 0000000000001010h");
     }
 }

@@ -18,6 +18,8 @@ use crate::{
     mmu::tlb::{JUMPS, Jump},
 };
 
+/// Where a jump cache's entry has the address of host code.
+const JUMP_HOST: i32 = std::mem::offset_of!(Jump, host) as i32;
 /// Bytes of the longest instruction (SDM volume 2, 2.3.11).
 const LONGEST: u64 = 15;
 
@@ -78,6 +80,8 @@ struct Stub {
 enum StubKind {
     /// Leave with [`super::exit::POLL`] before the guest instruction at this offset.
     Poll(u16),
+    /// Leave to tier 0 at this linear address.
+    Interpret(u64),
     /// Leave to a linear address that may be linked; save the flags first.
     Exit { target: u64, save_flags: bool },
     /// The link with this index is not resolved.
@@ -221,21 +225,24 @@ impl<'a> Emitter<'a> {
             }
             Op::JumpTo(value) => {
                 self.value(node, value);
-                self.exit_indirect();
+                self.find_jump();
+                self.asm.jmp_mem(Mem::At(T1, JUMP_HOST));
             }
             Op::CallTo(value) => {
                 self.value(node, value);
-                self.asm.store(block::scratch(0), T0);
+                self.find_jump();
+                self.asm.load(T1, Mem::At(T1, JUMP_HOST));
+                self.asm.store(block::scratch(0), T1);
                 self.push_address(i.next_ip());
-                self.asm.load(T0, block::scratch(0));
-                self.exit_indirect();
+                self.asm.jmp_mem(block::scratch(0));
             }
             Op::Return(extra) => {
                 self.asm.mov(T0, GUEST_RSP);
                 self.probe(MemUse { write: false, size: 8 });
                 self.asm.load(T0, Mem::At(T0, 0));
+                self.find_jump();
                 self.asm.lea(GUEST_RSP, GUEST_RSP, 8 + i32::from(extra));
-                self.exit_indirect();
+                self.asm.jmp_mem(Mem::At(T1, JUMP_HOST));
             }
             Op::Interpret => self.interpret(i.ip(), live_in(node)),
         }
@@ -478,8 +485,9 @@ impl<'a> Emitter<'a> {
         self.links.push(Link { target, site: site as u32, unresolved: 0, guarded: !same_page });
     }
 
-    /// Leaves to the linear address in T0 through the jump cache. The flags are in the block.
-    fn exit_indirect(&mut self) {
+    /// Makes T1 address the jump cache's entry for the linear address in T0. The flags are in the block. What is not
+    /// in the cache is left to tier 0, which also raises the fault of an address that is not canonical.
+    fn find_jump(&mut self) {
         const MASK: u32 = (JUMPS - 1) as u32;
         let asm = &mut self.asm;
         asm.regs(false, &[0x8b], T1, T0); // mov T1d, T0d
@@ -488,8 +496,9 @@ impl<'a> Emitter<'a> {
         asm.bytes(&[0x41, 0xc1, 0xe0 | T1 & 7, size_of::<Jump>().trailing_zeros() as u8]); // shl T1d, 4
         asm.mem(&[], true, &[0x03], T1, block::JUMPS); // add T1, [jumps]
         asm.mem(&[], true, &[0x3b], T0, Mem::At(T1, 0)); // cmp T0, [T1]
-        asm.jcc(cc::NE, self.thunks.exit_at);
-        asm.jmp_mem(T1, std::mem::offset_of!(Jump, host) as i32);
+        let branch = asm.jcc(cc::NE, 0);
+        let at = self.start.wrapping_add(self.guest_offset.into());
+        self.stubs.push(Stub { branch, kind: StubKind::Interpret(at) });
     }
 
     /// Emits what the straight code jumps to when something is not as usual.
@@ -503,6 +512,10 @@ impl<'a> Emitter<'a> {
                     self.asm.bind(branch);
                     self.marks.push(Mark { host: self.asm.code.len() as u32, guest, host_flags: false });
                     self.asm.call(self.thunks.exit_poll);
+                }
+                StubKind::Interpret(at) => {
+                    self.asm.bind(branch);
+                    self.interpret(at, 0);
                 }
                 StubKind::Exit { target, save_flags } => {
                     self.asm.bind(branch);

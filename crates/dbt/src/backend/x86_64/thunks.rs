@@ -149,9 +149,7 @@ fn enter(asm: &mut Asm) {
     for (host, guest) in PINNED {
         asm.load(host, block::gpr(guest));
     }
-    let Mem::Block(target) = block::scratch(7) else { unreachable!("scratch is in the block") };
-    asm.bytes(&[0x65, 0xff, 0x24, 0x25]); // jmp gs:[scratch 7]
-    asm.bytes(&target.to_le_bytes());
+    asm.jmp_mem(block::scratch(7));
 }
 
 /// Stores the guest's state and returns to the caller of [`Thunks::enter`].
@@ -198,7 +196,7 @@ fn lookup(asm: &mut Asm, unknown: u64) {
     asm.mem(&[], true, &[0x03], T1, block::JUMPS);
     asm.mem(&[], true, &[0x3b], T0, Mem::At(T1, 0));
     let miss = asm.jcc(cc::NE, 0);
-    asm.jmp_mem(T1, std::mem::offset_of!(Jump, host) as i32);
+    asm.jmp_mem(Mem::At(T1, std::mem::offset_of!(Jump, host) as i32));
     asm.bind(miss);
     asm.load(T1, block::scratch(2));
     asm.jmp(unknown);
