@@ -122,4 +122,7 @@ pub trait VcpuHandle: Send + Sync {
     fn init(&self);
     /// Delivers a start-up IPI: a vCPU that waits for one starts at `vector` << 12 in real mode.
     fn sipi(&self, vector: u8);
+    /// Takes back what [`Self::nmi`], [`Self::init`] and [`Self::sipi`] have asked for and the vCPU has not seen yet:
+    /// the machine is being reset, and the vCPU does not run.
+    fn withdraw(&self) {}
 }

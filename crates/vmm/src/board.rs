@@ -230,5 +230,6 @@ impl Board {
             // Nobody is there to hear of what the old system left.
             interrupts.take_signals();
         });
+        self.handles.get().into_iter().flatten().for_each(|handle| handle.withdraw());
     }
 }

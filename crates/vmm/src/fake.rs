@@ -144,6 +144,9 @@ impl VcpuHandle for FakeHandle {
     fn sipi(&self, vector: u8) {
         lock(&self.others).push(format!("sipi {vector:#x}"));
     }
+    fn withdraw(&self) {
+        lock(&self.others).clear();
+    }
 }
 
 /// The smallest kernel there is: a multiboot header of the kind that says itself where it goes, and HLT.

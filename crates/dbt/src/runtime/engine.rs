@@ -146,4 +146,50 @@ impl VcpuHandle for Handle {
         self.arena.shared.sipi_vector.store(vector, Ordering::SeqCst);
         self.request(request::SIPI);
     }
+    fn withdraw(&self) {
+        self.arena.shared.take(request::NMI | request::INIT | request::SIPI);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use ruse_arch::{MpState, VcpuState, state::seg};
+    use ruse_engine::Halt;
+
+    use super::*;
+    use crate::tier0::testing::NullBus;
+
+    #[test]
+    fn what_is_withdrawn_does_not_start_a_vcpu() {
+        let engine = DbtEngine::new(DbtOptions::default());
+        let clock = Arc::new(Clock::with_frequency(2_000_000_000));
+        let ram = GuestRam::new(1 << 20).unwrap();
+        // HLT.
+        crate::mmu::access::store(ram.host_page(0x1_2000).unwrap(), &[0xf4]);
+        let vm = engine.create_vm(ram, clock).unwrap();
+        let mut vcpu = vm.create_vcpu(1, engine.supported_cpuid()).unwrap();
+        let waiting = VcpuState { mp_state: MpState::WaitForSipi, ..VcpuState::default() };
+        vcpu.set_state(&waiting).unwrap();
+        let handle = vcpu.handle();
+        let mut run = || {
+            let stop = handle.clone();
+            let kicker = std::thread::spawn(move || {
+                std::thread::sleep(Duration::from_millis(20));
+                stop.kick();
+            });
+            assert_eq!(vcpu.run(&NullBus).unwrap(), Halt::Kicked);
+            kicker.join().unwrap();
+            vcpu.state().unwrap()
+        };
+        handle.nmi();
+        handle.sipi(0x12);
+        handle.withdraw();
+        let state = run();
+        assert_eq!((state.mp_state, state.nmi_pending), (MpState::WaitForSipi, false));
+        handle.sipi(0x12);
+        let state = run();
+        assert_eq!((state.mp_state, state.seg[seg::CS].selector, state.rip), (MpState::Halted, 0x1200, 1));
+    }
 }

@@ -150,12 +150,16 @@ fn power_is_carried_out() {
 
 #[test]
 fn a_reset_restores_the_power_up_state() {
-    let (board, _) = board(1);
+    let (board, handles) = board(2);
     outb(&board, 0x3ff, 0x5a);
     lapic_write(&board, 0, 0xf0, 0x1ff);
     lapic_write(&board, 0, 0x320, 0x40);
     lapic_write(&board, 0, 0x380, 1_000_000_000);
+    lapic_write(&board, 0, 0x310, 1 << 24);
+    lapic_write(&board, 0, 0x300, 0x4500);
+    assert_eq!(*lock(&handles[1].others), ["init"]);
     board.reset();
+    assert!(lock(&handles[1].others).is_empty(), "vCPU 1 does not hear of the old system's INIT");
     assert_eq!(inb(&board, 0x3ff), 0);
     assert_eq!(mmio_read(&board, 0, 0xfee0_0380), 0);
     assert!(!board.alarm.is_due(number::COUNT, u64::MAX - 1), "the timer is off");
