@@ -102,7 +102,9 @@ fn variable_mtrr(number: u32) -> Option<(usize, bool)> {
 /// Reads a model-specific register.
 pub(super) fn read(cpu: &mut Cpu, number: u32) -> Result<u64, Exception> {
     if is_apic(number) {
-        return cpu.bus().apic_msr(cpu.id, number).map_err(|_| BAD);
+        let value = cpu.bus().apic_msr(cpu.id, number).map_err(|_| BAD)?;
+        let armed = number == msr::TSC_DEADLINE && value != 0;
+        return Ok(if armed { value.wrapping_add(tsc_lead(cpu)) } else { value });
     }
     if let Some(i) = fixed_mtrr(number) {
         return Ok(cpu.mtrr_fixed[i]);
@@ -148,14 +150,18 @@ fn is_memory_type(value: u64) -> bool {
 /// Writes a model-specific register.
 pub(super) fn write(cpu: &mut Cpu, number: u32, value: u64) -> Result<(), Exception> {
     if is_apic(number) {
+        let value = if number == msr::TSC_DEADLINE { deadline_of_clock(cpu, value) } else { value };
         return cpu.bus().set_apic_msr(cpu.id, number, value).map_err(|_| BAD);
     }
     if fixed_mtrr(number).is_some() || variable_mtrr(number).is_some() || number == msr::MTRR_DEF_TYPE {
         return write_mtrr(cpu, number, value);
     }
     match number {
-        msr::TSC => cpu.tsc_adjust = cpu.tsc_adjust.wrapping_add(value.wrapping_sub(cpu.tsc())),
-        msr::TSC_ADJUST => cpu.tsc_adjust = value,
+        msr::TSC => {
+            let adjust = cpu.tsc_adjust.wrapping_add(value.wrapping_sub(cpu.tsc()));
+            return set_tsc_adjust(cpu, adjust);
+        }
+        msr::TSC_ADJUST => return set_tsc_adjust(cpu, value),
         msr::TSC_AUX if value >> 32 == 0 => cpu.tsc_aux = value,
         // A microcode update would be loaded here; the revision stays what it is.
         msr::BIOS_SIGN_ID => {}
@@ -180,6 +186,29 @@ pub(super) fn write(cpu: &mut Cpu, number: u32, value: u64) -> Result<(), Except
         _ => return Err(BAD),
     }
     Ok(())
+}
+
+/// How far the vCPU's TSC is ahead of the machine's clock, by which the local APIC's timer goes.
+fn tsc_lead(cpu: &Cpu) -> u64 {
+    cpu.tsc_offset.wrapping_add(cpu.tsc_adjust).wrapping_sub(cpu.clock.tsc_offset())
+}
+
+/// A deadline of the vCPU's TSC as the machine's clock tells it. One before the clock's start is in the past, too; zero
+/// would disarm the timer.
+fn deadline_of_clock(cpu: &Cpu, deadline: u64) -> u64 {
+    if deadline == 0 {
+        return 0;
+    }
+    let at = i128::from(deadline) - i128::from(tsc_lead(cpu) as i64);
+    at.clamp(1, u64::MAX.into()) as u64
+}
+
+/// A change of IA32_TSC_ADJUST moves the TSC (SDM volume 3, 17.17.3), which now reaches an armed deadline at another
+/// time.
+fn set_tsc_adjust(cpu: &mut Cpu, value: u64) -> Result<(), Exception> {
+    let deadline = read(cpu, msr::TSC_DEADLINE).unwrap_or(0);
+    cpu.tsc_adjust = value;
+    if deadline == 0 { Ok(()) } else { write(cpu, msr::TSC_DEADLINE, deadline) }
 }
 
 /// The MTRRs keep what is written, and change nothing: RAM is write-back (SDM volume 3, 11.11).

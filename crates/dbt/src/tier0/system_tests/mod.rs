@@ -4,6 +4,7 @@ mod control;
 mod fuzz;
 mod interrupts;
 mod transfers;
+mod tsc;
 
 use ruse_arch::{
     DescriptorTable, Segment,
