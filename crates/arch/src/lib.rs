@@ -6,11 +6,13 @@
 
 pub mod exception;
 pub mod flags;
+pub mod lapic;
 pub mod msr;
 pub mod paging;
 pub mod segment;
 pub mod state;
 
 pub use exception::Exception;
+pub use lapic::LapicState;
 pub use segment::{DescriptorTable, Segment};
 pub use state::{FpuState, MpState, VcpuState};

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    DescriptorTable, Exception, Segment,
+    DescriptorTable, Exception, LapicState, Segment,
     flags::{cr0, rflags},
 };
 
@@ -57,6 +57,49 @@ impl Default for FpuState {
             st: [[0; 10]; 8],
             mxcsr: 0x1f80,
             ymm: [[0; 4]; 16],
+        }
+    }
+}
+
+impl FpuState {
+    /// The FXSAVE64 image of all but the upper halves of the YMM registers (SDM volume 1, 10.5.1).
+    pub fn to_fxsave(&self) -> [u8; 512] {
+        let mut image = [0; 512];
+        image[0..2].copy_from_slice(&self.fcw.to_le_bytes());
+        image[2..4].copy_from_slice(&self.fsw.to_le_bytes());
+        image[4] = self.ftw;
+        image[6..8].copy_from_slice(&self.fop.to_le_bytes());
+        image[8..16].copy_from_slice(&self.fip.to_le_bytes());
+        image[16..24].copy_from_slice(&self.fdp.to_le_bytes());
+        image[24..28].copy_from_slice(&self.mxcsr.to_le_bytes());
+        image[28..32].copy_from_slice(&0xffffu32.to_le_bytes());
+        for (i, st) in self.st.iter().enumerate() {
+            image[32 + 16 * i..][..10].copy_from_slice(st);
+        }
+        for (i, ymm) in self.ymm.iter().enumerate() {
+            image[160 + 16 * i..][..8].copy_from_slice(&ymm[0].to_le_bytes());
+            image[168 + 16 * i..][..8].copy_from_slice(&ymm[1].to_le_bytes());
+        }
+        image
+    }
+
+    /// The state of an FXSAVE64 image and the upper halves of the YMM registers.
+    pub fn from_fxsave(image: &[u8; 512], ymm_high: &[[u64; 2]; 16]) -> Self {
+        let u16_at = |at: usize| u16::from_le_bytes([image[at], image[at + 1]]);
+        let u64_at = |at: usize| u64::from_le_bytes(image[at..at + 8].try_into().expect("eight bytes"));
+        Self {
+            fcw: u16_at(0),
+            fsw: u16_at(2),
+            ftw: image[4],
+            fop: u16_at(6),
+            fip: u64_at(8),
+            fdp: u64_at(16),
+            mxcsr: u64_at(24) as u32,
+            st: std::array::from_fn(|i| image[32 + 16 * i..][..10].try_into().expect("ten bytes")),
+            ymm: std::array::from_fn(|i| {
+                let high = ymm_high[i];
+                [u64_at(160 + 16 * i), u64_at(168 + 16 * i), high[0], high[1]]
+            }),
         }
     }
 }
@@ -182,6 +225,10 @@ pub struct VcpuState {
     pub nmi_pending: bool,
     /// An exception that was raised but not yet delivered.
     pub exception: Option<Exception>,
+    /// A maskable interrupt that was acknowledged but not yet delivered.
+    pub interrupt: Option<u8>,
+    /// The local APIC, where it belongs to the engine; else the machine has it.
+    pub lapic: Option<LapicState>,
 }
 
 impl Default for VcpuState {
@@ -233,6 +280,8 @@ impl Default for VcpuState {
             nmi_blocked: false,
             nmi_pending: false,
             exception: None,
+            interrupt: None,
+            lapic: None,
         }
     }
 }

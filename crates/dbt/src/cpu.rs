@@ -211,6 +211,8 @@ pub struct Cpu {
     pub nmi_pending: bool,
     /// An exception to deliver before the next instruction (from a restored state).
     pub exception: Option<Exception>,
+    /// An interrupt to deliver before the next instruction (from a restored state).
+    pub interrupt: Option<u8>,
     /// What CPUID says.
     pub cpuid: CpuidTable,
     /// Index and APIC id.
@@ -382,6 +384,7 @@ impl Cpu {
             nmi_blocked: false,
             nmi_pending: false,
             exception: None,
+            interrupt: None,
             cpuid,
             id,
             clock,
@@ -517,7 +520,7 @@ impl Cpu {
         self.mp_state = s.mp_state;
         self.interrupt_shadow = s.interrupt_shadow;
         (self.nmi_blocked, self.nmi_pending) = (s.nmi_blocked, s.nmi_pending);
-        self.exception = s.exception;
+        (self.exception, self.interrupt) = (s.exception, s.interrupt);
         self.mmu.flush_all();
         self.mmu.set_space(&self.paging);
         self.update_mode();
@@ -567,6 +570,8 @@ impl Cpu {
             nmi_blocked: self.nmi_blocked,
             nmi_pending: self.nmi_pending,
             exception: self.exception,
+            interrupt: self.interrupt,
+            lapic: None,
         }
     }
 
@@ -577,44 +582,12 @@ impl Cpu {
 impl FpuArea {
     /// Takes over an architectural state.
     pub fn load(&mut self, s: &ruse_arch::FpuState) {
-        let image = &mut self.fxsave;
-        image.fill(0);
-        image[0..2].copy_from_slice(&s.fcw.to_le_bytes());
-        image[2..4].copy_from_slice(&s.fsw.to_le_bytes());
-        image[4] = s.ftw;
-        image[6..8].copy_from_slice(&s.fop.to_le_bytes());
-        image[8..16].copy_from_slice(&s.fip.to_le_bytes());
-        image[16..24].copy_from_slice(&s.fdp.to_le_bytes());
-        image[24..28].copy_from_slice(&s.mxcsr.to_le_bytes());
-        image[28..32].copy_from_slice(&0xffffu32.to_le_bytes());
-        for (i, st) in s.st.iter().enumerate() {
-            image[32 + 16 * i..][..10].copy_from_slice(st);
-        }
-        for (i, ymm) in s.ymm.iter().enumerate() {
-            image[160 + 16 * i..][..8].copy_from_slice(&ymm[0].to_le_bytes());
-            image[168 + 16 * i..][..8].copy_from_slice(&ymm[1].to_le_bytes());
-            self.ymm_high[i] = [ymm[2], ymm[3]];
-        }
+        self.fxsave = s.to_fxsave();
+        self.ymm_high = s.ymm.map(|ymm| [ymm[2], ymm[3]]);
     }
 
     /// The architectural state.
     pub fn save(&self) -> ruse_arch::FpuState {
-        let image = &self.fxsave;
-        let u16_at = |at: usize| u16::from_le_bytes([image[at], image[at + 1]]);
-        let u64_at = |at: usize| u64::from_le_bytes(image[at..at + 8].try_into().expect("eight bytes"));
-        ruse_arch::FpuState {
-            fcw: u16_at(0),
-            fsw: u16_at(2),
-            ftw: image[4],
-            fop: u16_at(6),
-            fip: u64_at(8),
-            fdp: u64_at(16),
-            mxcsr: u64_at(24) as u32,
-            st: std::array::from_fn(|i| image[32 + 16 * i..][..10].try_into().expect("ten bytes")),
-            ymm: std::array::from_fn(|i| {
-                let high = self.ymm_high[i];
-                [u64_at(160 + 16 * i), u64_at(168 + 16 * i), high[0], high[1]]
-            }),
-        }
+        ruse_arch::FpuState::from_fxsave(&self.fxsave, &self.ymm_high)
     }
 }

@@ -11,6 +11,7 @@ pub mod frontend;
 pub mod ir;
 pub mod mmu;
 pub mod runtime;
+pub mod single;
 pub mod tier0;
 
 pub use runtime::engine::{DbtEngine, DbtOptions};

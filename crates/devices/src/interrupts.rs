@@ -70,14 +70,15 @@ impl Interrupts {
     }
 
     /// The chips of a machine whose engine has the local APICs. Messages for them are collected
-    /// ([`Interrupts::take_messages`]), EOIs come through [`Interrupts::broadcast_eoi`], and the 8259 is asked
-    /// by [`Interrupts::pic_pending`] and [`Interrupts::pic_acknowledge`].
+    /// ([`Interrupts::take_messages`]), EOIs come through [`Interrupts::broadcast_eoi`], what the I/O APIC's pins send is
+    /// told by [`Interrupts::pin_messages`], and the boot CPU's line is the 8259s' output.
     pub fn with_external_lapics() -> Self {
         Self::with_lapics(Vec::new(), true)
     }
 
     fn with_lapics(lapics: Vec<Lapic>, external: bool) -> Self {
-        let lines = lapics.iter().map(|_| Arc::default()).collect();
+        // The line of the boot CPU is there whoever has the local APICs.
+        let lines = (0..lapics.len().max(1)).map(|_| Arc::default()).collect();
         let (pic, ioapic) = (Pic::new(), IoApic::new());
         let mut all =
             Self { pic, ioapic, lapics, lines, signals: Vec::new(), external, messages: Vec::new() };
@@ -151,21 +152,22 @@ impl Interrupts {
     /// Whether an interrupt waits for the CPU; [`CpuLine::pending`] says the same without a lock.
     pub fn pending(&self, cpu: u32) -> bool {
         let cpu = cpu as usize;
-        self.lapics.get(cpu).is_some_and(|lapic| {
-            lapic.pending_vector().is_some() || (cpu == PIC_CPU && lapic.extint_enabled() && self.pic.intr())
-        })
+        let Some(lapic) = self.lapics.get(cpu) else {
+            return self.external && cpu == PIC_CPU && self.pic.intr();
+        };
+        lapic.pending_vector().is_some() || (cpu == PIC_CPU && lapic.extint_enabled() && self.pic.intr())
     }
 
     /// Takes the CPU's interrupt in service and returns its vector: the local APIC's, else the 8259's.
     pub fn acknowledge(&mut self, cpu: u32) -> Option<u8> {
-        let cpu = cpu as usize;
-        let lapic = self.lapics.get_mut(cpu)?;
-        let mut vector = lapic.acknowledge();
-        if vector.is_none() && cpu == PIC_CPU && lapic.extint_enabled() && self.pic.intr() {
+        let index = cpu as usize;
+        let mut vector = self.lapics.get_mut(index).and_then(Lapic::acknowledge);
+        // Without an interrupt of the local APIC, what is pending is the 8259s'.
+        if vector.is_none() && self.pending(cpu) {
             vector = Some(self.pic.acknowledge());
             self.pic_changed();
         }
-        self.update(cpu);
+        self.update(index);
         vector
     }
 
@@ -249,18 +251,6 @@ impl Interrupts {
         self.pic_changed();
     }
 
-    /// The output of the 8259s.
-    pub fn pic_pending(&self) -> bool {
-        self.pic.intr()
-    }
-
-    /// An interrupt acknowledge of the 8259s, for an engine with its own local APICs.
-    pub fn pic_acknowledge(&mut self) -> Option<u8> {
-        let vector = self.pic.intr().then(|| self.pic.acknowledge());
-        self.pic_changed();
-        vector
-    }
-
     /// Reads the I/O APIC's window ([`crate::ioapic::BASE`]).
     pub fn ioapic_read(&self, offset: u64, data: &mut [u8]) {
         self.ioapic.read(offset, data);
@@ -271,6 +261,12 @@ impl Interrupts {
         let mut messages = Vec::new();
         self.ioapic.write(offset, data, |msi| messages.push(msi));
         messages.into_iter().for_each(|msi| self.msi(msi));
+    }
+
+    /// What the I/O APIC's pins send that are level-triggered: an engine with its own local APICs has to know whose ends
+    /// of interrupts matter.
+    pub fn pin_messages(&self) -> Vec<Option<Msi>> {
+        self.ioapic.level_messages()
     }
 
     /// A level-triggered interrupt of this vector has ended at some local APIC.
@@ -331,6 +327,7 @@ impl Interrupts {
             let event = lapic.set_lint(0, level);
             self.lint_event(PIC_CPU, event);
         }
+        self.update(PIC_CPU);
     }
 
     fn lint_event(&mut self, cpu: usize, event: LintEvent) {
@@ -349,14 +346,14 @@ impl Interrupts {
     /// Brings a CPU's line up to date, and signals an interrupt where none waited.
     fn update(&mut self, cpu: usize) {
         let pending = self.pending(cpu as u32);
-        let Some((line, lapic)) = self.lines.get(cpu).zip(self.lapics.get(cpu)) else { return };
-        line.set_page(lapic.page());
+        let Some(line) = self.lines.get(cpu) else { return };
+        line.set_page(self.lapics.get(cpu).and_then(Lapic::page));
         if line.set_pending(pending) {
             self.signal(cpu, SignalKind::Interrupt);
         }
     }
 
     fn update_all(&mut self) {
-        (0..self.lapics.len()).for_each(|cpu| self.update(cpu));
+        (0..self.lines.len()).for_each(|cpu| self.update(cpu));
     }
 }

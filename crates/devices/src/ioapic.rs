@@ -122,6 +122,11 @@ impl IoApic {
         (level && !was && entry & MASKED == 0).then(|| message(entry))
     }
 
+    /// What each pin sends, for those that are level-triggered.
+    pub fn level_messages(&self) -> Vec<Option<Msi>> {
+        self.state.table.iter().map(|&entry| is_level(entry).then(|| message(entry))).collect()
+    }
+
     /// A local APIC ended an interrupt of this vector; returns the messages of pins that are still asserted.
     pub fn end_of_interrupt(&mut self, vector: u8, mut send: impl FnMut(Msi)) {
         for pin in 0..PINS {

@@ -12,9 +12,10 @@ mod timer;
 
 pub use ipi::{DeliveryMode, Ipi, Shorthand};
 pub use msr::MsrError;
-pub use state::{LapicState, StateError};
+pub use ruse_arch::LapicState;
+pub use state::StateError;
 pub(crate) use timer::MIN_INTERVAL_NS;
-pub use timer::TIMER_HZ;
+pub use timer::{TIMER_HZ, derive_expiry};
 
 use registers as r;
 

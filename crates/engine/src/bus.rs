@@ -18,7 +18,8 @@ pub trait Bus: Send + Sync {
     /// Writes to a guest physical address that is not RAM, the local APIC's page included.
     fn mmio_write(&self, vcpu: u32, gpa: u64, data: &[u8]);
 
-    /// Whether a maskable interrupt waits that the task priority lets through. Cheap: asked before each entry.
+    /// Whether a maskable interrupt waits that the task priority lets through; to an engine with local APICs of its own,
+    /// whether the 8259s have one (they are wired to vCPU 0). Cheap: asked before each entry.
     fn interrupt_pending(&self, vcpu: u32) -> bool;
     /// Takes the interrupt of highest priority in service and returns its vector.
     fn acknowledge_interrupt(&self, vcpu: u32) -> Option<u8>;
@@ -32,6 +33,9 @@ pub trait Bus: Send + Sync {
     fn set_apic_msr(&self, vcpu: u32, msr: u32, value: u64) -> Result<(), MsrFault>;
     /// The vCPU went through INIT: its local APIC resets (SDM volume 3, 10.4.7.3).
     fn apic_init(&self, vcpu: u32);
+
+    /// A level-triggered interrupt of this vector has ended in one of the engine's own local APICs.
+    fn end_of_interrupt(&self, _vector: u8) {}
 
     /// The x87 error line (FERR#) for CR0.NE = 0: raises IRQ 13.
     fn x87_error(&self, vcpu: u32);

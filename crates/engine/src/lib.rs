@@ -28,6 +28,9 @@ pub enum EngineError {
     /// The state given is one that no CPU of this engine can be in.
     #[error("the vCPU cannot take this state: {0}")]
     State(String),
+    /// The guest cannot be run on.
+    #[error("{0}")]
+    Guest(String),
     /// The executors of the engine disagree (check mode).
     #[error("the executors disagree: {0}")]
     Mismatch(String),
@@ -83,6 +86,28 @@ pub trait Engine: Send + Sync {
 pub trait Vm: Send + Sync {
     /// Creates vCPU `id` (its index and APIC id), in the state after power-up.
     fn create_vcpu(&self, id: u32, cpuid: CpuidTable) -> Result<Box<dyn Vcpu>, EngineError>;
+    /// The local APICs, if the engine has them ([`Capabilities::has_local_apics`]).
+    fn local_apics(&self) -> Option<&dyn LocalApics> {
+        None
+    }
+}
+
+/// A message-signalled interrupt: a write of `data` to `address` (SDM volume 3, 10.11).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Message {
+    /// Address of the write.
+    pub address: u64,
+    /// Data of the write.
+    pub data: u32,
+}
+
+/// The local APICs of a VM, where the engine has them. No call waits for a vCPU.
+pub trait LocalApics: Send + Sync {
+    /// Delivers a message.
+    fn deliver(&self, message: Message);
+    /// Says what the pins of the I/O APIC send, by pin; `None` for those that send nothing. The end of an interrupt of
+    /// theirs that is level-triggered comes back as [`Bus::end_of_interrupt`].
+    fn set_pins(&self, pins: &[Option<Message>]);
 }
 
 /// Why [`Vcpu::run`] returned.

@@ -3,10 +3,11 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
+use ruse_devices::fabric::Msi;
 use ruse_devices::interrupts::{CpuLine, CpuSignal, Interrupts, SignalKind};
 use ruse_devices::serial::Serial;
 use ruse_devices::{Access, Device, Effects};
-use ruse_engine::{Clock, VcpuHandle};
+use ruse_engine::{Clock, LocalApics, Message, VcpuHandle, Vm};
 
 use crate::alarm::Alarm;
 use crate::lifecycle::Lifecycle;
@@ -32,6 +33,19 @@ struct Chips {
     wires: Wires,
 }
 
+/// What the interrupt chips want done by others.
+#[derive(Default)]
+struct Orders {
+    signals: Vec<CpuSignal>,
+    messages: Vec<Msi>,
+}
+
+impl Orders {
+    fn take(interrupts: &mut Interrupts) -> Self {
+        Self { signals: interrupts.take_signals(), messages: interrupts.take_messages() }
+    }
+}
+
 /// Everything of a machine but its vCPUs and threads.
 pub(crate) struct Board {
     pub(crate) clock: Arc<Clock>,
@@ -41,19 +55,26 @@ pub(crate) struct Board {
     chips: Mutex<Chips>,
     lines: Vec<Arc<CpuLine>>,
     handles: OnceLock<Vec<Arc<dyn VcpuHandle>>>,
+    /// The VM, if it has local APICs of its own.
+    vm: Option<Arc<dyn Vm>>,
     /// The I/O thread holds input back for lack of room in COM1.
     input_waits: AtomicBool,
 }
 
 impl Board {
-    /// A board for `cpus` vCPUs, whose handles come later ([`Board::connect`]).
+    /// A board for `cpus` vCPUs, whose handles come later ([`Board::connect`]). `vm` is there if the local APICs are
+    /// its own.
     pub(crate) fn new(
         cpus: u32,
         clock: Arc<Clock>,
         platform: Platform,
         lifecycle: Arc<Lifecycle>,
+        vm: Option<Arc<dyn Vm>>,
     ) -> std::io::Result<Self> {
-        let mut interrupts = Interrupts::new(cpus, clock.tsc_hz());
+        let mut interrupts = match vm {
+            Some(_) => Interrupts::with_external_lapics(),
+            None => Interrupts::new(cpus, clock.tsc_hz()),
+        };
         interrupts.virtual_wire();
         let lines = (0..cpus).filter_map(|cpu| interrupts.cpu_line(cpu)).collect();
         Ok(Self {
@@ -64,6 +85,7 @@ impl Board {
             chips: Mutex::new(Chips { interrupts, wires: Wires::default() }),
             lines,
             handles: OnceLock::new(),
+            vm,
             input_waits: AtomicBool::new(false),
         })
     }
@@ -139,19 +161,19 @@ impl Board {
     /// After a change of a device, still under its lock: notes its deadline and drives its interrupt lines, so that
     /// levels arrive in the order in which the device gave them. The chips' lock is taken inside; nothing is taken
     /// inside that. What the vCPUs have to be told is returned.
-    fn settle<D: Device + ?Sized>(&self, number: usize, device: &D, effects: &Effects) -> Vec<CpuSignal> {
+    fn settle<D: Device + ?Sized>(&self, number: usize, device: &D, effects: &Effects) -> Orders {
         self.alarm.set(number, device.deadline());
-        if effects.lines.is_empty() { Vec::new() } else { self.drive(number, &effects.lines) }
+        if effects.lines.is_empty() { Orders::default() } else { self.drive(number, &effects.lines) }
     }
 
-    fn drive(&self, driver: usize, lines: &[(u8, bool)]) -> Vec<CpuSignal> {
+    fn drive(&self, driver: usize, lines: &[(u8, bool)]) -> Orders {
         let mut chips = lock(&self.chips);
         for &(gsi, level) in lines {
             if let Some(level) = chips.wires.drive(driver, gsi, level) {
                 chips.interrupts.set_line(gsi, level);
             }
         }
-        chips.interrupts.take_signals()
+        Orders::take(&mut chips.interrupts)
     }
 
     /// Drives a line that is not a device's.
@@ -166,13 +188,38 @@ impl Board {
             let mut chips = lock(&self.chips);
             let result = call(&mut chips.interrupts, self.clock.now_ns());
             self.alarm.set(LAPIC_SLOT, chips.interrupts.deadline());
-            (result, chips.interrupts.take_signals())
+            (result, Orders::take(&mut chips.interrupts))
         };
         self.carry_out(signals);
         result
     }
 
-    fn carry_out(&self, signals: Vec<CpuSignal>) {
+    /// Whether the local APICs are the engine's.
+    pub(crate) fn has_external_apics(&self) -> bool {
+        self.vm.is_some()
+    }
+
+    /// The local APICs, if they are the engine's.
+    fn local_apics(&self) -> Option<&dyn LocalApics> {
+        self.vm.as_ref()?.local_apics()
+    }
+
+    /// The I/O APIC's table may have changed, which the engine's local APICs have to know.
+    pub(crate) fn pins_changed(&self) {
+        if let Some(apics) = self.local_apics() {
+            // Under the chips' lock, so that the last table wins.
+            let chips = lock(&self.chips);
+            let message = |msi: Msi| Message { address: msi.address, data: msi.data };
+            let pins: Vec<_> =
+                chips.interrupts.pin_messages().into_iter().map(|pin| pin.map(message)).collect();
+            apics.set_pins(&pins);
+        }
+    }
+
+    fn carry_out(&self, Orders { signals, messages }: Orders) {
+        if let Some(apics) = self.local_apics() {
+            messages.iter().for_each(|msi| apics.deliver(Message { address: msi.address, data: msi.data }));
+        }
         let Some(handles) = self.handles.get() else { return };
         for signal in signals {
             let Some(handle) = handles.get(signal.cpu as usize) else { continue };
@@ -228,8 +275,9 @@ impl Board {
             interrupts.reset();
             interrupts.virtual_wire();
             // Nobody is there to hear of what the old system left.
-            interrupts.take_signals();
+            Orders::take(interrupts);
         });
+        self.pins_changed();
         self.handles.get().into_iter().flatten().for_each(|handle| handle.withdraw());
     }
 }

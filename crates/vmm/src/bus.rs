@@ -29,7 +29,10 @@ impl Board {
             Target::Pic => self.interrupts(|chips, _| {
                 bytes.iter().for_each(|&byte| chips.pic_write(offset as u16, byte));
             }),
-            Target::IoApic => self.interrupts(|chips, _| chips.ioapic_write(offset, bytes)),
+            Target::IoApic => {
+                self.interrupts(|chips, _| chips.ioapic_write(offset, bytes));
+                self.pins_changed();
+            }
             Target::X87 => self.drive_line(X87_DRIVER, X87_LINE, false),
         });
     }
@@ -81,6 +84,10 @@ impl Bus for Board {
     }
     fn apic_init(&self, vcpu: u32) {
         self.interrupts(|chips, _| chips.init_cpu(vcpu));
+    }
+
+    fn end_of_interrupt(&self, vector: u8) {
+        self.interrupts(|chips, _| chips.broadcast_eoi(vector));
     }
 
     fn x87_error(&self, _vcpu: u32) {

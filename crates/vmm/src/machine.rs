@@ -9,7 +9,7 @@ use ruse_arch::VcpuState;
 use ruse_devices::bus::MapError;
 use ruse_devices::lapic::TIMER_HZ;
 use ruse_devices::rtc::{Rtc, RtcConfig};
-use ruse_engine::{Clock, Engine, EngineError, Vcpu};
+use ruse_engine::{Clock, Engine, EngineError, Vcpu, Vm};
 use ruse_loader::{AcpiConfig, EntryChoice, Image, LoadError, LoadRequest, Module};
 use ruse_memory::{GuestRam, LOW_RAM_END, MemoryError};
 
@@ -145,10 +145,12 @@ impl Machine {
         let clock = Arc::new(clock);
         let lifecycle = Arc::new(Lifecycle::new(cpus).map_err(MachineError::host("cannot make an eventfd"))?);
         let platform = Platform::new(Rtc::new(self.rtc_config()), self.config.debug_exit)?;
-        let board = Board::new(cpus, clock.clone(), platform, lifecycle)
+        let vm = engine.create_vm(self.ram.clone(), clock.clone())?;
+        let with_apics = vm.local_apics().is_some().then(|| vm.clone());
+        let board = Board::new(cpus, clock.clone(), platform, lifecycle, with_apics)
             .map_err(MachineError::host("cannot make a timer"))?;
         let board = Arc::new(board);
-        let vcpus = self.create_vcpus(engine, cpus, &clock)?;
+        let vcpus = self.create_vcpus(engine, &*vm, cpus, &clock)?;
         board.connect(vcpus.iter().map(|vcpu| vcpu.handle()).collect());
         self.spawn(engine.name(), board, vcpus, console)
     }
@@ -166,13 +168,13 @@ impl Machine {
     fn create_vcpus(
         &self,
         engine: &dyn Engine,
+        vm: &dyn Vm,
         cpus: u32,
-        clock: &Arc<Clock>,
+        clock: &Clock,
     ) -> Result<Vec<Box<dyn Vcpu>>, MachineError> {
         let config = &self.config;
         let plan =
             CpuidPlan::new(engine.supported_cpuid(), config.cpu, config.cpus, clock.tsc_hz(), TIMER_HZ);
-        let vm = engine.create_vm(self.ram.clone(), clock.clone())?;
         (0..cpus).map(|id| Ok(vm.create_vcpu(id, plan.table(id))?)).collect()
     }
 
@@ -195,7 +197,7 @@ impl Machine {
         let vcpus: Result<Vec<_>, _> = (0..)
             .zip(vcpus)
             .map(|(id, vcpu)| {
-                let start = start_state(id, &entry);
+                let start = start_state(id, &entry, board.has_external_apics());
                 VcpuThread { id, vcpu, board: board.clone(), ram: ram.clone(), start }.spawn()
             })
             .chain([io.spawn()])

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::thread::{Builder, JoinHandle};
 
 use ruse_arch::{MpState, VcpuState};
+use ruse_devices::lapic::Lapic;
 use ruse_engine::{EngineError, Halt, Vcpu};
 use ruse_loader::entry;
 use ruse_memory::GuestRam;
@@ -26,13 +27,20 @@ pub(crate) struct VcpuThread {
     pub(crate) start: VcpuState,
 }
 
-/// The state in which vCPU `id` starts, where vCPU 0 starts with `entry`.
-pub(crate) fn start_state(id: u32, entry: &VcpuState) -> VcpuState {
-    if id == 0 {
-        return entry.clone();
+/// The state in which vCPU `id` starts, where vCPU 0 starts with `entry`. `with_lapic`: the local APICs are the engine's.
+pub(crate) fn start_state(id: u32, entry: &VcpuState, with_lapic: bool) -> VcpuState {
+    let mut state = entry.clone();
+    if id != 0 {
+        state = VcpuState { mp_state: MpState::WaitForSipi, ..VcpuState::default() };
+        entry::set_mtrrs(&mut state);
     }
-    let mut state = VcpuState { mp_state: MpState::WaitForSipi, ..VcpuState::default() };
-    entry::set_mtrrs(&mut state);
+    if with_lapic {
+        let mut lapic = Lapic::new(id, 0);
+        if id == 0 {
+            lapic.virtual_wire();
+        }
+        state.lapic = Some(lapic.state(0));
+    }
     state
 }
 

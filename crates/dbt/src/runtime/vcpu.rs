@@ -194,6 +194,7 @@ impl DbtVcpu {
     fn event_waits(&self) -> bool {
         let cpu = &self.cpu;
         cpu.exception.is_some()
+            || cpu.interrupt.is_some()
             || (cpu.nmi_pending && !cpu.nmi_blocked)
             || (cpu.rflags & rflags::IF != 0 && cpu.bus().interrupt_pending(cpu.id))
     }
@@ -203,6 +204,9 @@ impl DbtVcpu {
         let cpu = &mut self.cpu;
         if let Some(exception) = cpu.exception.take() {
             return Some(Event::Exception(exception));
+        }
+        if let Some(vector) = cpu.interrupt.take() {
+            return Some(Event::Interrupt(vector));
         }
         cpu.irq_waiting = 0;
         if cpu.interrupt_shadow {

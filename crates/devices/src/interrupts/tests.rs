@@ -118,8 +118,8 @@ fn external_local_apics() {
     assert_eq!(all.take_messages().len(), 1);
     init_pic(&mut all);
     all.set_line(1, true);
-    assert!(all.pic_pending());
-    assert_eq!((all.pic_acknowledge(), all.pic_acknowledge()), (Some(0x21), None));
+    assert!(all.pending(0) && all.cpu_line(0).unwrap().pending());
+    assert_eq!((all.acknowledge(0), all.acknowledge(0)), (Some(0x21), None));
     assert!(all.msr_read(0, 0x1b, 0).is_err());
 }
 

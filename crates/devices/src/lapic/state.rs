@@ -1,6 +1,6 @@
 //! The local APIC's state in architectural terms: the register page and what it does not show.
 
-use serde::{Deserialize, Serialize};
+use ruse_arch::LapicState;
 
 use super::{FIRST_LEGAL_VECTOR, Lapic, msr::is_valid_base, registers as r};
 
@@ -26,23 +26,6 @@ pub enum StateError {
         /// CPUs of the state.
         found: usize,
     },
-}
-
-/// A local APIC's state.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct LapicState {
-    /// The register page: entry n is the register at offset 16 × n.
-    pub regs: Vec<u32>,
-    /// IA32_APIC_BASE.
-    pub apic_base: u64,
-    /// IA32_TSC_DEADLINE.
-    pub tsc_deadline: u64,
-    /// When the timer is due, in nanoseconds since the machine's start.
-    pub timer_expiry: Option<u64>,
-    /// Errors since the last write to the ESR.
-    pub esr_pending: u32,
-    /// Levels of LINT0 and LINT1.
-    pub lint: [bool; 2],
 }
 
 impl Lapic {

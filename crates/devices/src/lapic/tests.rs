@@ -264,7 +264,7 @@ fn save_and_restore() {
     assert_eq!(other.state(100), saved);
     assert_eq!(other.deadline(), lapic.deadline());
     let mut derived = LapicState { timer_expiry: None, ..saved.clone() };
-    derived.derive_expiry(100, TSC_HZ);
+    derive_expiry(&mut derived, 100, TSC_HZ);
     assert!(derived.timer_expiry.unwrap().abs_diff(lapic.deadline().unwrap()) < 2);
     other.reset();
     assert_eq!(other.state(0), Lapic::new(0, TSC_HZ).state(0));

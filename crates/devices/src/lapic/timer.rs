@@ -1,6 +1,6 @@
 //! The local APIC's timer (SDM volume 3, 10.5.4): one-shot, periodic and TSC-deadline.
 
-use super::{Lapic, registers as r};
+use super::{Lapic, LapicState, registers as r};
 
 /// Frequency of the timer's input before division, in Hz: one count is one nanosecond at divide 1.
 pub const TIMER_HZ: u64 = 1_000_000_000;
@@ -142,19 +142,17 @@ impl Lapic {
     }
 }
 
-impl super::LapicState {
-    /// Computes the expiry from the registers for a page that came from elsewhere (KVM's, at time `now`), which has
-    /// no expiry of its own.
-    pub fn derive_expiry(&mut self, now: u64, tsc_hz: u64) {
-        let mut lapic = Lapic::new(0, tsc_hz);
-        if lapic.restore(self).is_err() {
-            return;
-        }
-        let left = u64::from(lapic.regs[r::CURRENT_COUNT]) * lapic.divisor();
-        self.timer_expiry = match lapic.timer_mode() {
-            Mode::OneShot | Mode::Periodic => (left != 0).then(|| now.saturating_add(left)),
-            Mode::TscDeadline => (self.tsc_deadline != 0).then(|| tsc_to_ns(self.tsc_deadline, tsc_hz)),
-            Mode::Reserved => None,
-        };
+/// Computes the expiry from the registers for a page that came from elsewhere (KVM's, at time `now`), which has no
+/// expiry of its own.
+pub fn derive_expiry(state: &mut LapicState, now: u64, tsc_hz: u64) {
+    let mut lapic = Lapic::new(0, tsc_hz);
+    if lapic.restore(state).is_err() {
+        return;
     }
+    let left = u64::from(lapic.regs[r::CURRENT_COUNT]) * lapic.divisor();
+    state.timer_expiry = match lapic.timer_mode() {
+        Mode::OneShot | Mode::Periodic => (left != 0).then(|| now.saturating_add(left)),
+        Mode::TscDeadline => (state.tsc_deadline != 0).then(|| tsc_to_ns(state.tsc_deadline, tsc_hz)),
+        Mode::Reserved => None,
+    };
 }

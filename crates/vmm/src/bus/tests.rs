@@ -13,7 +13,7 @@ use crate::report::Outcome;
 fn board(cpus: u32) -> (Board, Vec<Arc<FakeHandle>>) {
     let platform = Platform::new(Rtc::new(RtcConfig::default()), true).unwrap();
     let lifecycle = Arc::new(Lifecycle::new(cpus).unwrap());
-    let board = Board::new(cpus, Arc::new(Clock::start()), platform, lifecycle).unwrap();
+    let board = Board::new(cpus, Arc::new(Clock::start()), platform, lifecycle, None).unwrap();
     let handles: Vec<Arc<FakeHandle>> = (0..cpus).map(|_| Arc::default()).collect();
     board.connect(handles.iter().map(|h| h.clone() as _).collect());
     (board, handles)

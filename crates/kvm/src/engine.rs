@@ -1,0 +1,54 @@
+//! The engine: what the host's KVM can do, and VMs.
+
+use std::sync::Arc;
+
+use kvm_ioctls::{Cap, Kvm};
+use ruse_engine::{Capabilities, Clock, CpuidTable, Engine, EngineError, Vm};
+use ruse_memory::GuestRam;
+
+use crate::{
+    cpuid,
+    open::{self, OpenError},
+    vm::KvmVm,
+};
+
+/// Runs guest CPUs through /dev/kvm.
+pub struct KvmEngine {
+    kvm: Arc<Kvm>,
+    supported: CpuidTable,
+}
+
+impl KvmEngine {
+    /// Opens /dev/kvm.
+    ///
+    /// # Errors
+    /// Says what is missing, and what the user can do.
+    pub fn open() -> Result<Self, OpenError> {
+        let kvm = open::open()?;
+        let supported = cpuid::supported(&kvm).map_err(OpenError::Other)?;
+        Ok(Self { kvm: Arc::new(kvm), supported })
+    }
+}
+
+impl Engine for KvmEngine {
+    fn name(&self) -> &'static str {
+        "kvm"
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        // Identifiers of xAPICs are eight bits wide, 255 is everybody.
+        let max = self.kvm.get_max_vcpus().min(self.kvm.get_max_vcpu_id()).min(255);
+        Capabilities { max_vcpus: max as u32, has_local_apics: true }
+    }
+
+    fn supported_cpuid(&self) -> CpuidTable {
+        self.supported.clone()
+    }
+
+    fn create_vm(&self, ram: GuestRam, clock: Arc<Clock>) -> Result<Arc<dyn Vm>, EngineError> {
+        let with_sregs2 = self.kvm.check_extension_raw(u64::from(kvm_bindings::KVM_CAP_SREGS2)) > 0;
+        let coalesced = self.kvm.check_extension(Cap::CoalescedMmio);
+        tracing::debug!(with_sregs2, coalesced, "KVM's capabilities");
+        Ok(Arc::new(KvmVm::new(&self.kvm, ram, clock, with_sregs2)?))
+    }
+}

@@ -1,0 +1,19 @@
+//! The engine that runs guest CPUs with hardware assistance: the contract of `ruse-engine` over /dev/kvm.
+//!
+//! The local APICs are the kernel's (a split irqchip); the I/O APIC, the 8259s, the timers and everything else are the
+//! machine's. What the kernel's emulator gives up on, tier 0 of the translator finishes.
+//!
+//! Ioctls are those of the kernel's Documentation/virt/kvm/api.rst.
+
+mod cpuid;
+mod engine;
+mod finish;
+mod handle;
+mod ioctl;
+mod open;
+mod state;
+mod vcpu;
+mod vm;
+
+pub use engine::KvmEngine;
+pub use open::OpenError;
