@@ -23,6 +23,8 @@ use crate::{
 
 /// The most bytes that one call of the executor moves, so that interrupts get their turn.
 const BUDGET: u64 = 64 << 10;
+/// What an element by itself costs of it, in elements that are moved together: it may be one of a device.
+const ALONE: u64 = 16;
 const PAGE: u64 = 4096;
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -222,8 +224,9 @@ fn execute(cpu: &mut Cpu, insn: &Insn) -> Result<(), Exception> {
     // MOVS, STOS and LODS repeat with either prefix.
     let compares = matches!(kind, Kind::Cmps | Kind::Scas);
     let flags = cpu.rflags;
-    // Single steps stop after each iteration.
-    let mut budget = if cpu.rflags & TF != 0 { 1 } else { BUDGET / op.size as u64 };
+    // Single steps and breakpoints stop after each iteration.
+    let single = cpu.rflags & TF != 0 || debug::breakpoints_enabled(cpu);
+    let mut budget = if single { 1 } else { BUDGET / op.size as u64 };
     loop {
         let left = cpu.gpr[RCX] & op.mask;
         if left == 0 {
@@ -234,16 +237,17 @@ fn execute(cpu: &mut Cpu, insn: &Insn) -> Result<(), Exception> {
             return Ok(());
         }
         let mut done = op.chunk(cpu, left.min(budget));
+        let mut cost = done;
         if done == 0 {
             if let Err(fault) = op.element(cpu) {
                 // A fault gives the flags of the start back (SDM volume 2, REP).
                 cpu.rflags = flags;
                 return Err(fault);
             }
-            done = 1;
+            (done, cost) = (1, ALONE);
         }
         op.advance(cpu, RCX, done.wrapping_neg());
-        budget -= done;
+        budget = budget.saturating_sub(cost);
         if compares && (cpu.rflags & ZF != 0) != equal {
             return Ok(());
         }

@@ -222,6 +222,32 @@ fn long_repeats_return_in_between() {
 }
 
 #[test]
+fn long_repeats_over_a_device_return_soon() {
+    let mut m = Machine::long();
+    // Behind the end of RAM.
+    (m.cpu.gpr[RSI], m.cpu.gpr[RDI], m.cpu.gpr[RCX]) = (0x200_0000, 0x201_0000, 0x1_0000);
+    m.load(b"\xf3\xa4");
+    m.step().unwrap();
+    assert_eq!((m.cpu.rip, m.cpu.gpr[RCX], m.cpu.gpr[RDI]), (CODE, 0xf000, 0x201_1000));
+}
+
+#[test]
+fn a_data_breakpoint_stops_a_repeat_after_the_element() {
+    let mut m = Machine::long();
+    (m.cpu.gpr[RSI], m.cpu.gpr[RDI], m.cpu.gpr[RCX]) = (DATA, DATA + 0x100, 0x20);
+    m.cpu.dr[0] = DATA + 0x105;
+    m.cpu.dr7 = 0x1_0401; // a byte, written
+    m.load(b"\xf3\xa4");
+    let met = loop {
+        if let Err(met) = m.step() {
+            break met;
+        }
+    };
+    assert_eq!(met, Exception::db(1));
+    assert_eq!((m.cpu.rip, m.cpu.gpr[RCX]), (CODE, 0x1a));
+}
+
+#[test]
 fn searches_stop_by_flag_and_count() {
     let mut m = Machine::long();
     m.write(DATA, b"hello\0");
