@@ -2,6 +2,7 @@
 //! acknowledged, time that passes a little or a lot, and timers that are called when they are due.
 
 mod board;
+mod drivers;
 
 use arbitrary::Unstructured;
 use ruse_arch::msr;
@@ -29,9 +30,10 @@ pub(crate) fn run(data: &[u8]) {
 fn step(board: &mut Board, u: &mut Unstructured) {
     let cpu = u32::from(byte(u)) % board.cpus();
     match byte(u) % 16 {
-        0..=3 => ports(board, u),
-        4..=6 => memory(board, u, cpu),
-        7 => msrs(board, u, cpu),
+        0..=1 => ports(board, u),
+        2 => memory(board, u, cpu),
+        3 => msrs(board, u, cpu),
+        4..=7 => drivers::run(board, u, cpu),
         8..=10 => pass_time(board, u),
         11 => {
             board.acknowledge(cpu);
@@ -92,7 +94,8 @@ fn msrs(board: &mut Board, u: &mut Unstructured, cpu: u32) {
         return;
     }
     let value = match number_of {
-        msr::APIC_BASE if !one_in(u, 8) => 0xfee0_0000 | u64::from(byte(u) % 16) << 8,
+        // On, rarely off; sometimes as an x2APIC.
+        msr::APIC_BASE if !one_in(u, 4) => 0xfee0_0800 | u64::from(byte(u) % 8) << 8,
         _ => number(u),
     };
     let _ = board.interrupts(|chips, now| chips.msr_write(cpu, number_of, value, now));

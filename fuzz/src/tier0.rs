@@ -1,6 +1,7 @@
 //! Tier 0 on any bytes in any mode: no panic, no endless instruction, nothing touched but RAM and the bus, and a fault
 //! leaves the registers as they were.
 
+use std::cell::RefCell;
 use std::sync::Arc;
 
 use arbitrary::Unstructured;
@@ -10,6 +11,7 @@ use ruse_dbt::cpuid;
 use ruse_dbt::mmu::{Mmu, watch::CodeMap};
 use ruse_dbt::tier0::{self, interrupt::Event, interrupt::deliver};
 use ruse_engine::{Bus, Clock};
+use ruse_memory::GuestRam;
 
 use crate::bus::FuzzBus;
 use crate::vcpu::{Guest, Mode};
@@ -18,22 +20,43 @@ use crate::vcpu::{Guest, Mode};
 const MOST_STEPS: u32 = 200;
 const MODES: [Mode; 5] = [Mode::Real, Mode::Vm86, Mode::Protected, Mode::Compatible, Mode::Long];
 
+/// A CPU and its RAM, kept from input to input: a whole state is loaded each time.
+struct Machine {
+    cpu: CpuBox,
+    ram: GuestRam,
+}
+
+thread_local! {
+    static MACHINE: RefCell<Machine> = RefCell::new(Machine::new());
+}
+
+impl Machine {
+    fn new() -> Self {
+        let ram = Guest::ram();
+        let mmu = Mmu::new(ram.clone(), CodeMap::new(ram.clone()), 0);
+        let clock = Arc::new(Clock::with_frequency(2_000_000_000));
+        Self { cpu: CpuBox::new(0, cpuid::supported(), clock, mmu), ram }
+    }
+
+    fn run(&mut self, guest: &Guest) {
+        guest.load(&self.ram);
+        self.cpu.load_state(&guest.state);
+        let bus = FuzzBus::new(self.ram.clone(), guest.seed);
+        self.cpu.with_bus(&bus, |cpu: &mut Cpu| {
+            for _ in 0..MOST_STEPS {
+                if cpu.mp_state != MpState::Running || !turn(cpu, &bus) {
+                    break;
+                }
+                check(cpu);
+            }
+        });
+    }
+}
+
 /// Runs the target.
 pub(crate) fn run(data: &[u8]) {
     let guest = Guest::new(&mut Unstructured::new(data), &MODES);
-    let mmu = Mmu::new(guest.ram.clone(), CodeMap::new(guest.ram.clone()), 0);
-    let clock = Arc::new(Clock::with_frequency(2_000_000_000));
-    let mut cpu = CpuBox::new(0, cpuid::supported(), clock, mmu);
-    cpu.load_state(&guest.state);
-    let bus = FuzzBus::new(guest.ram.clone(), guest.seed);
-    cpu.with_bus(&bus, |cpu: &mut Cpu| {
-        for _ in 0..MOST_STEPS {
-            if cpu.mp_state != MpState::Running || !turn(cpu, &bus) {
-                break;
-            }
-            check(cpu);
-        }
-    });
+    MACHINE.with_borrow_mut(|machine| machine.run(&guest));
 }
 
 /// One instruction or event; `false` when the vCPU has shut down.

@@ -23,12 +23,14 @@ pub(crate) fn run(data: &[u8]) {
     let u = &mut Unstructured::new(data);
     let check = one_in(u, 2);
     let guest = Guest::new(u, &[Mode::Long]);
+    let ram = Guest::ram();
+    guest.load(&ram);
     let engine = DbtEngine::new(DbtOptions { tier: None, check });
     let clock = Arc::new(Clock::with_frequency(2_000_000_000));
-    let vm = engine.create_vm(guest.ram.clone(), clock).expect("a VM");
+    let vm = engine.create_vm(ram.clone(), clock).expect("a VM");
     let mut vcpu = vm.create_vcpu(0, engine.supported_cpuid()).expect("a vCPU");
     vcpu.set_state(&guest.state).expect("a state");
-    let bus = FuzzBus::new(guest.ram.clone(), guest.seed);
+    let bus = FuzzBus::new(ram, guest.seed);
     bus.stop_after(MOST_TURNS, vcpu.handle());
     let watch = Watch::over(vcpu.handle());
     let result = vcpu.run(&bus);

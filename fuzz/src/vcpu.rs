@@ -60,10 +60,10 @@ pub(crate) enum Mode {
     Long,
 }
 
-/// A vCPU's state and its RAM.
+/// A vCPU's state and what is in RAM.
 pub(crate) struct Guest {
     pub(crate) state: VcpuState,
-    pub(crate) ram: GuestRam,
+    image: Image,
     /// For what the input need not spell out.
     pub(crate) seed: u64,
 }
@@ -81,19 +81,20 @@ impl Guest {
         let offset = if one_in(u, 2) { PAGE_SIZE - u64::from(byte(u) % 64) } else { u64::from(byte(u)) };
         let code = at(page::CODE) + offset;
         set_rip(&mut state, u, mode, code);
-        let ram = GuestRam::new(at(PAGES)).expect("a little RAM");
-        fill(&ram, &mut Random::new(seed), mode, damage);
-        write(&ram, code, code_bytes);
-        Self { state, ram, seed }
+        let mut image = Image::new(&mut Random::new(seed), mode, damage);
+        image.put(code, code_bytes);
+        Self { state, image, seed }
     }
-}
 
-fn write(ram: &GuestRam, gpa: u64, bytes: &[u8]) {
-    ram.memory().write_slice(bytes, GuestAddress(gpa)).expect("RAM");
-}
+    /// RAM with nothing in it yet.
+    pub(crate) fn ram() -> GuestRam {
+        GuestRam::new(at(PAGES)).expect("a little RAM")
+    }
 
-fn write_u64(ram: &GuestRam, gpa: u64, value: u64) {
-    write(ram, gpa, &value.to_le_bytes());
+    /// Puts the guest into RAM.
+    pub(crate) fn load(&self, ram: &GuestRam) {
+        ram.memory().write_slice(&self.image.0, GuestAddress(0)).expect("an image as large as RAM");
+    }
 }
 
 /// A value for a register: an address in RAM, or a number.
@@ -276,124 +277,134 @@ fn set_rip(s: &mut VcpuState, u: &mut Unstructured, mode: Mode, code: u64) {
     }
 }
 
-/// Fills RAM: tables for all modes, random data, and some damage to the tables.
-fn fill(ram: &GuestRam, random: &mut Random, mode: Mode, damage: u8) {
-    let mut bytes = [0; PAGE_SIZE as usize];
-    for page in page::STACK..PAGES {
-        random.fill(&mut bytes);
-        write(ram, at(page), &bytes);
+/// What RAM holds at first.
+struct Image(Vec<u8>);
+
+impl Image {
+    /// Tables for all modes, random data, and some damage to the tables.
+    fn new(random: &mut Random, mode: Mode, damage: u8) -> Self {
+        let mut image = Self(vec![0; at(PAGES) as usize]);
+        random.fill(&mut image.0[at(page::STACK) as usize..]);
+        image.page_tables();
+        image.descriptors(mode);
+        image.vectors(random, mode);
+        for _ in 0..damage {
+            let entries = if random.below(2) == 0 { 32 } else { 512 };
+            let entry = at(random.below(page::STACK)) + 8 * random.below(entries);
+            let value = match random.below(3) {
+                0 => random.next(),
+                1 => at(random.below(PAGES + 4)) | random.below(0x1000),
+                _ => 0,
+            };
+            image.put_u64(entry, value);
+        }
+        image
     }
-    page_tables(ram);
-    descriptors(ram, mode);
-    vectors(ram, random, mode);
-    for _ in 0..damage {
-        let entries = if random.below(2) == 0 { 32 } else { 512 };
-        let entry = at(random.below(page::STACK)) + 8 * random.below(entries);
-        let value = match random.below(3) {
-            0 => random.next(),
-            1 => at(random.below(PAGES + 4)) | random.below(0x1000),
-            _ => 0,
+
+    fn put(&mut self, gpa: u64, bytes: &[u8]) {
+        self.0[gpa as usize..][..bytes.len()].copy_from_slice(bytes);
+    }
+
+    fn put_u64(&mut self, gpa: u64, value: u64) {
+        self.put(gpa, &value.to_le_bytes());
+    }
+
+    /// The first 2 MiB are mapped one to one, from 0, from the highest 512 GiB and, with 32-bit paging, from 3 GiB.
+    fn page_tables(&mut self) {
+        const RIGHTS: u64 = 0x67;
+        for entry in [0, 511] {
+            self.put_u64(at(page::PML4) + 8 * entry, at(page::PDPT) | RIGHTS);
+        }
+        self.put_u64(at(page::PDPT), at(page::DIRECTORY) | RIGHTS);
+        self.put_u64(at(page::DIRECTORY), at(page::TABLE) | RIGHTS);
+        self.put_u64(at(page::DIRECTORY) + 8, 0x20_0000 | RIGHTS | 0x80);
+        for entry in 0..512 {
+            self.put_u64(at(page::TABLE) + 8 * entry, at(entry) | RIGHTS);
+        }
+        for entry in [0, 768] {
+            self.put(
+                at(page::DIRECTORY32) + 4 * entry,
+                &(at(page::TABLE32) as u32 | RIGHTS as u32).to_le_bytes(),
+            );
+        }
+        for entry in 0..1024 {
+            self.put(at(page::TABLE32) + 4 * entry, &(at(entry) as u32 | RIGHTS as u32).to_le_bytes());
+        }
+    }
+
+    fn descriptors(&mut self, mode: Mode) {
+        let code64 = matches!(mode, Mode::Compatible | Mode::Long);
+        let code = if code64 { selector::CODE64 } else { selector::CODE32 };
+        let gate = |kind: u64, offset: u64| {
+            offset & 0xffff | u64::from(code) << 16 | (offset >> 16 & 0xffff) << 48 | kind << 40
         };
-        write_u64(ram, entry, value);
-    }
-}
-
-/// The first 2 MiB are mapped one to one, from 0, from the highest 512 GiB and, with 32-bit paging, from 3 GiB.
-fn page_tables(ram: &GuestRam) {
-    const RIGHTS: u64 = 0x67;
-    for entry in [0, 511] {
-        write_u64(ram, at(page::PML4) + 8 * entry, at(page::PDPT) | RIGHTS);
-    }
-    write_u64(ram, at(page::PDPT), at(page::DIRECTORY) | RIGHTS);
-    write_u64(ram, at(page::DIRECTORY), at(page::TABLE) | RIGHTS);
-    write_u64(ram, at(page::DIRECTORY) + 8, 0x20_0000 | RIGHTS | 0x80);
-    for entry in 0..512 {
-        write_u64(ram, at(page::TABLE) + 8 * entry, at(entry) | RIGHTS);
-    }
-    for entry in [0, 768] {
-        write(
-            ram,
-            at(page::DIRECTORY32) + 4 * entry,
-            &(at(page::TABLE32) as u32 | RIGHTS as u32).to_le_bytes(),
-        );
-    }
-    for entry in 0..1024 {
-        write(ram, at(page::TABLE32) + 4 * entry, &(at(entry) as u32 | RIGHTS as u32).to_le_bytes());
-    }
-}
-
-fn descriptors(ram: &GuestRam, mode: Mode) {
-    let code64 = matches!(mode, Mode::Compatible | Mode::Long);
-    let code = if code64 { selector::CODE64 } else { selector::CODE32 };
-    let gate = |kind: u64, offset: u64| {
-        offset & 0xffff | u64::from(code) << 16 | (offset >> 16 & 0xffff) << 48 | kind << 40
-    };
-    let system = |base, limit, attr| Segment { base, limit, attr, selector: 0 }.to_descriptor();
-    for (selector, descriptor) in [
-        (selector::CODE64, flat(0, 0xa09b).to_descriptor()),
-        (selector::DATA, flat(0, 0xc093).to_descriptor()),
-        (selector::CODE32, flat(0, 0xc09b).to_descriptor()),
-        (selector::CODE16, flat(0, 0x809b).to_descriptor()),
-        (selector::USER_DATA, flat(0, 0xc0f3).to_descriptor()),
-        (selector::USER64, flat(0, 0xa0fb).to_descriptor()),
-        (selector::USER32, flat(0, 0xc0fb).to_descriptor()),
-        (selector::TSS, system(at(page::TSS), 0x1fff, 0x8b)),
-        (selector::OTHER_TSS, system(at(page::TSS) + 0x800, 0x7ff, 0xe9)),
-        (selector::LDT, system(at(page::GDT), 0x7ff, 0x82)),
-        (selector::CALL_GATE, gate(0xec, at(page::HANDLERS))),
-        (selector::TASK_GATE, 0xe5 << 40 | u64::from(selector::OTHER_TSS) << 16),
-    ] {
-        write_u64(ram, at(page::GDT) + u64::from(selector), descriptor);
-    }
-    task_states(ram, code64);
-}
-
-/// Stacks for all levels, and a second task of 32 bits.
-fn task_states(ram: &GuestRam, long: bool) {
-    let tss = at(page::TSS);
-    if long {
-        for stack in 0..12 {
-            write_u64(ram, tss + 4 + 8 * stack, at(page::STACK) + 0x800);
+        let system = |base, limit, attr| Segment { base, limit, attr, selector: 0 }.to_descriptor();
+        for (selector, descriptor) in [
+            (selector::CODE64, flat(0, 0xa09b).to_descriptor()),
+            (selector::DATA, flat(0, 0xc093).to_descriptor()),
+            (selector::CODE32, flat(0, 0xc09b).to_descriptor()),
+            (selector::CODE16, flat(0, 0x809b).to_descriptor()),
+            (selector::USER_DATA, flat(0, 0xc0f3).to_descriptor()),
+            (selector::USER64, flat(0, 0xa0fb).to_descriptor()),
+            (selector::USER32, flat(0, 0xc0fb).to_descriptor()),
+            (selector::TSS, system(at(page::TSS), 0x1fff, 0x8b)),
+            (selector::OTHER_TSS, system(at(page::TSS) + 0x800, 0x7ff, 0xe9)),
+            (selector::LDT, system(at(page::GDT), 0x7ff, 0x82)),
+            (selector::CALL_GATE, gate(0xec, at(page::HANDLERS))),
+            (selector::TASK_GATE, 0xe5 << 40 | u64::from(selector::OTHER_TSS) << 16),
+        ] {
+            self.put_u64(at(page::GDT) + u64::from(selector), descriptor);
         }
-        return;
+        self.task_states(code64);
     }
-    for task in [tss, tss + 0x800] {
-        let mut image = [0u32; 26];
-        for level in 0..3 {
-            image[1 + 2 * level] = at(page::STACK) as u32 + 0x800;
-            image[2 + 2 * level] = u32::from(selector::DATA) + level as u32;
-        }
-        image[7] = at(page::PDPT) as u32;
-        image[8] = at(page::HANDLERS) as u32;
-        image[9] = 0x202;
-        image[14] = at(page::STACK) as u32 + 0x400;
-        image[18] = selector::DATA.into();
-        image[19] = selector::CODE32.into();
-        image[20] = selector::DATA.into();
-        image[21] = selector::DATA.into();
-        image[25] = 0x68 << 16;
-        let bytes: Vec<u8> = image.iter().flat_map(|field| field.to_le_bytes()).collect();
-        write(ram, task, &bytes);
-    }
-}
 
-/// Vectors into the page of handlers, which is random code that mostly begins with a return.
-fn vectors(ram: &GuestRam, random: &mut Random, mode: Mode) {
-    let long = matches!(mode, Mode::Compatible | Mode::Long);
-    let code = u64::from(if long { selector::CODE64 } else { selector::CODE32 });
-    for vector in 0..256u64 {
-        let handler = at(page::HANDLERS) + 8 * vector;
-        let segment = handler >> 4;
-        write(ram, 4 * vector, &((segment << 16 | handler & 15) as u32).to_le_bytes());
-        let kind = [0x8e, 0xee, 0xef, 0x8f, 0x86][random.below(5) as usize];
-        let low = handler & 0xffff | code << 16 | kind << 40 | (handler >> 16 & 0xffff) << 48;
-        let size = if long { 16 } else { 8 };
-        let task = u64::from(selector::OTHER_TSS) << 16 | 0xe5 << 40;
-        let gate = if !long && random.below(32) == 0 { task } else { low };
-        write_u64(ram, at(page::IDT) + size * vector, gate);
-        if random.below(4) != 0 {
-            let leave: &[u8] = if has_error_code(vector) { &[0x83, 0xc4, 4, 0xcf] } else { &[0xcf] };
-            write(ram, handler, if long { &[0x48, 0xcf] } else { leave });
+    /// Stacks for all levels, and a second task of 32 bits.
+    fn task_states(&mut self, long: bool) {
+        let tss = at(page::TSS);
+        if long {
+            for stack in 0..12 {
+                self.put_u64(tss + 4 + 8 * stack, at(page::STACK) + 0x800);
+            }
+            return;
+        }
+        for task in [tss, tss + 0x800] {
+            let mut image = [0u32; 26];
+            for level in 0..3 {
+                image[1 + 2 * level] = at(page::STACK) as u32 + 0x800;
+                image[2 + 2 * level] = u32::from(selector::DATA) + level as u32;
+            }
+            image[7] = at(page::PDPT) as u32;
+            image[8] = at(page::HANDLERS) as u32;
+            image[9] = 0x202;
+            image[14] = at(page::STACK) as u32 + 0x400;
+            image[18] = selector::DATA.into();
+            image[19] = selector::CODE32.into();
+            image[20] = selector::DATA.into();
+            image[21] = selector::DATA.into();
+            image[25] = 0x68 << 16;
+            let bytes: Vec<u8> = image.iter().flat_map(|field| field.to_le_bytes()).collect();
+            self.put(task, &bytes);
+        }
+    }
+
+    /// Vectors into the page of handlers, which is random code that mostly begins with a return.
+    fn vectors(&mut self, random: &mut Random, mode: Mode) {
+        let long = matches!(mode, Mode::Compatible | Mode::Long);
+        let code = u64::from(if long { selector::CODE64 } else { selector::CODE32 });
+        for vector in 0..256u64 {
+            let handler = at(page::HANDLERS) + 8 * vector;
+            let segment = handler >> 4;
+            self.put(4 * vector, &((segment << 16 | handler & 15) as u32).to_le_bytes());
+            let kind = [0x8e, 0xee, 0xef, 0x8f, 0x86][random.below(5) as usize];
+            let low = handler & 0xffff | code << 16 | kind << 40 | (handler >> 16 & 0xffff) << 48;
+            let size = if long { 16 } else { 8 };
+            let task = u64::from(selector::OTHER_TSS) << 16 | 0xe5 << 40;
+            let gate = if !long && random.below(32) == 0 { task } else { low };
+            self.put_u64(at(page::IDT) + size * vector, gate);
+            if random.below(4) != 0 {
+                let leave: &[u8] = if has_error_code(vector) { &[0x83, 0xc4, 4, 0xcf] } else { &[0xcf] };
+                self.put(handler, if long { &[0x48, 0xcf] } else { leave });
+            }
         }
     }
 }
