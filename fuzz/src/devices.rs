@@ -17,7 +17,8 @@ const MOST_STEPS: usize = 2000;
 /// Runs the target.
 pub(crate) fn run(data: &[u8]) {
     let u = &mut Unstructured::new(data);
-    let mut board = Board::new(u32::from(byte(u) % 4) + 1);
+    let cpus = u32::from(byte(u) % 8);
+    let mut board = Board::new((cpus > 0).then_some(cpus));
     for _ in 0..MOST_STEPS {
         if u.is_empty() {
             break;
@@ -111,8 +112,15 @@ fn pass_time(board: &mut Board, u: &mut Unstructured) {
 }
 
 fn from_outside(board: &mut Board, u: &mut Unstructured) {
-    match byte(u) % 4 {
+    match byte(u) % 5 {
         0 => board.press_power_button(),
+        4 => {
+            let vector = byte(u);
+            board.interrupts(|chips, _| {
+                chips.broadcast_eoi(vector);
+                chips.pin_messages();
+            });
+        }
         1 => board.interrupts(|chips, _| chips.nmi()),
         2 => {
             let msi = Msi { address: Msi::ADDRESS | number(u) & 0xf_ffff, data: number(u) as u32 };

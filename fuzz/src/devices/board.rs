@@ -4,6 +4,7 @@ use std::sync::LazyLock;
 
 use ruse_devices::bus::AddressMap;
 use ruse_devices::debug_exit::{DEBUG_EXIT_PORT, DebugExit};
+use ruse_devices::fabric::Msi;
 use ruse_devices::i8042::{I8042, I8042_COMMAND_PORT, I8042_DATA_PORT, PORT_92, Port92};
 use ruse_devices::interrupts::{Interrupts, SignalKind};
 use ruse_devices::pci::{CONFIG_ADDRESS_PORT, ECAM_BASE, PciHost};
@@ -58,8 +59,12 @@ static MEMORY: LazyLock<AddressMap<Target>> = LazyLock::new(memory);
 const ECAM_BUSES: u16 = 256;
 
 impl Board {
-    pub(super) fn new(cpus: u32) -> Self {
-        let mut chips = Interrupts::new(cpus, 2_000_000_000);
+    /// A board after power-up, of `cpus` CPUs or for an engine that has the local APICs itself.
+    pub(super) fn new(cpus: Option<u32>) -> Self {
+        let mut chips = match cpus {
+            Some(cpus) => Interrupts::new(cpus, 2_000_000_000),
+            None => Interrupts::with_external_lapics(),
+        };
         chips.virtual_wire();
         Self {
             now: 0,
@@ -74,7 +79,7 @@ impl Board {
             debug_exit: DebugExit::new(),
             chips,
             lines: [0; LINES],
-            cpus,
+            cpus: cpus.unwrap_or(1),
         }
     }
 
@@ -122,6 +127,9 @@ impl Board {
             if signal.kind == SignalKind::Init {
                 self.chips.init_cpu(signal.cpu);
             }
+        }
+        for message in self.chips.take_messages() {
+            assert_eq!(message.address >> 20, Msi::ADDRESS >> 20, "{message:x?}");
         }
         result
     }
