@@ -1,6 +1,6 @@
 //! What an executor is given, and what it answers.
 
-use iced_x86::{Decoder, DecoderOptions};
+use iced_x86::{Decoder, DecoderOptions, Instruction};
 
 use crate::random::Random;
 
@@ -8,12 +8,14 @@ use crate::random::Random;
 pub const WINDOW: u64 = 0x1000_0000;
 /// Bytes of data.
 pub const WINDOW_BYTES: usize = 8192;
-/// Where the code lies.
+/// Where the code lies. The pages around it are not mapped.
 pub const CODE: u64 = 0x2b60_0000;
-/// Each instruction begins at a multiple of this.
-pub const SLOT: usize = 16;
+/// Bytes for code.
+pub const CODE_BYTES: usize = 8192;
 /// Most instructions of a case.
-pub const MOST: usize = 8;
+pub const MOST: usize = 96;
+/// Base of GS.
+pub const GS_BASE: u64 = 0x60;
 /// Vector that stands for the death of the executor.
 pub const DIED: u64 = 0x1000;
 /// No exception.
@@ -46,9 +48,11 @@ pub struct Case {
     pub seed: u64,
     /// Registers at the start.
     pub state: State,
-    /// The instructions, each at a multiple of [`SLOT`], with NOPs between.
-    pub code: [u8; SLOT * MOST],
-    /// How many.
+    /// The code with UD2 at its end, and NOPs where instructions do not follow each other.
+    pub code: [u8; CODE_BYTES],
+    /// Offsets of the instructions in the code, and of its end (which may lie behind the code's pages).
+    pub starts: [u16; MOST + 1],
+    /// How many instructions.
     pub count: usize,
     /// Flags that are undefined before each of them, and at the end.
     pub undefined: [u64; MOST + 1],
@@ -69,30 +73,46 @@ impl Case {
         }
     }
 
+    /// Address of the first instruction.
+    pub fn entry(&self) -> u64 {
+        CODE + u64::from(self.starts[0])
+    }
+
     /// Address behind the last instruction.
     pub fn end(&self) -> u64 {
-        CODE + (SLOT * self.count) as u64
+        CODE + u64::from(self.starts[self.count])
+    }
+
+    /// Which instruction begins at an address; [`Case::count`] at the end.
+    pub fn index_of(&self, rip: u64) -> Option<usize> {
+        let offset = u16::try_from(rip.checked_sub(CODE)?).ok()?;
+        self.starts[..=self.count].binary_search(&offset).ok()
+    }
+
+    /// An instruction by number, decoded.
+    pub fn instruction(&self, n: usize) -> Instruction {
+        let at = usize::from(self.starts[n]);
+        let bytes = self.code.get(at..).unwrap_or_default();
+        Decoder::with_ip(64, bytes, CODE + at as u64, DecoderOptions::NONE).decode()
     }
 
     /// The instructions as text.
     pub fn listing(&self) -> String {
         let mut text = String::new();
         for n in 0..self.count {
-            let (at, bytes) = (CODE + (n * SLOT) as u64, &self.code[n * SLOT..(n + 1) * SLOT]);
-            let i = Decoder::with_ip(64, bytes, at, DecoderOptions::NONE).decode();
-            let hex: String = bytes[..i.len().max(1)].iter().map(|b| format!("{b:02x}")).collect();
-            text += &format!("  {at:x} {hex:32} {:?} {i}\n", i.code());
+            let (i, at) = (self.instruction(n), usize::from(self.starts[n]));
+            let bytes = self.code.get(at..at + i.len().max(1)).unwrap_or_default();
+            let hex: String = bytes.iter().map(|b| format!("{b:02x}")).collect();
+            text += &format!("  {:x} {hex:32} {:?} {i}\n", i.ip(), i.code());
         }
         text
     }
 
     /// Name of the instruction at which the earlier of two outcomes stopped; of the last one if neither did.
     pub fn instruction_at(&self, a: &Outcome, b: &Outcome) -> String {
-        let slot = |o: &Outcome| (o.state.rip.wrapping_sub(CODE) / SLOT as u64) as usize;
-        let n = slot(a).min(slot(b)).min(self.count - 1);
-        let bytes = &self.code[n * SLOT..(n + 1) * SLOT];
-        let i = Decoder::with_ip(64, bytes, 0, DecoderOptions::NONE).decode();
-        format!("{:?}", i.code())
+        let index = |o: &Outcome| self.index_of(o.state.rip).unwrap_or(self.count);
+        let n = index(a).min(index(b)).min(self.count - 1);
+        format!("{:?}", self.instruction(n).code())
     }
 }
 
@@ -110,18 +130,30 @@ pub struct Outcome {
     pub address: u64,
     /// The data.
     pub window: [u8; WINDOW_BYTES],
+    /// [`digest`] of the code.
+    pub code: u64,
 }
 
 impl Outcome {
     /// Nothing yet.
     pub const EMPTY: Self =
-        Self { state: State::ZERO, vector: DIED, error: 0, address: 0, window: [0; WINDOW_BYTES] };
+        Self { state: State::ZERO, vector: DIED, error: 0, address: 0, window: [0; WINDOW_BYTES], code: 0 };
+}
+
+/// A number that tells different contents apart.
+pub fn digest(bytes: &[u8]) -> u64 {
+    let words = bytes.chunks_exact(8).map(|word| u64::from_le_bytes(word.try_into().expect("eight bytes")));
+    words.fold(0, |sum: u64, word| (sum.rotate_left(5) ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15))
 }
 
 /// Runs cases.
 pub trait Executor {
     /// For messages.
     fn name(&self) -> &'static str;
+    /// Whether flags that no continuation reads may be anything after a fault.
+    fn forgets_dead_flags(&self) -> bool {
+        false
+    }
     /// Runs each of the cases from its inputs.
     fn run(&mut self, cases: &[Case]) -> Vec<Outcome>;
 }

@@ -1,6 +1,9 @@
 //! Whether two outcomes agree.
 
-use crate::case::{CODE, Case, NONE, Outcome, SLOT, WINDOW, WINDOW_BYTES};
+use crate::{
+    case::{Case, NONE, Outcome, WINDOW, WINDOW_BYTES},
+    flow::{ARITHMETIC, Flow},
+};
 
 /// Arithmetic flags and DF.
 const FLAGS: u64 = 0xcd5;
@@ -45,12 +48,30 @@ struct Rules {
     /// The host stopped with an exception.
     fault: bool,
     intel: bool,
+    /// Flags that count.
+    flags: u64,
 }
 
-/// Describes how `found` differs from `expected`.
-pub fn difference(case: &Case, expected: &Outcome, found: &Outcome) -> Option<String> {
-    let fault = expected.vector != NONE;
-    let rules = Rules { name: case.instruction_at(expected, found), fault, intel: is_intel() };
+/// Flags that are defined where the host stopped, and after a fault of an executor that forgets the dead ones those
+/// that are alive.
+fn flags_that_count(case: &Case, expected: &Outcome, forgets_dead: bool) -> u64 {
+    match case.index_of(expected.state.rip) {
+        Some(n) if n < case.count && forgets_dead => {
+            FLAGS & !case.undefined[n] & (Flow::of(case).live_before(n) | !ARITHMETIC)
+        }
+        Some(n) => FLAGS & !case.undefined[n],
+        None => FLAGS & !case.undefined.iter().fold(0, |all, some| all | some),
+    }
+}
+
+/// Describes how `found` differs from `expected`. `forgets_dead`: [`crate::case::Executor::forgets_dead_flags`].
+pub fn difference(case: &Case, expected: &Outcome, found: &Outcome, forgets_dead: bool) -> Option<String> {
+    let rules = Rules {
+        name: case.instruction_at(expected, found),
+        fault: expected.vector != NONE,
+        intel: is_intel(),
+        flags: flags_that_count(case, expected, forgets_dead),
+    };
     // Bytes that a mask leaves out may or may not fault (SDM volume 2, MASKMOVDQU).
     let stopped = |o: &Outcome| (o.vector, o.state.rip);
     let masked = rules.name.contains("askmovdqu") || rules.name.contains("askmovq");
@@ -58,7 +79,8 @@ pub fn difference(case: &Case, expected: &Outcome, found: &Outcome) -> Option<St
         return None;
     }
     let mut report = Report(String::new());
-    fault_and_flags(&mut report, &rules, case, expected, found);
+    fault_and_flags(&mut report, &rules, expected, found);
+    report.number(|| "code".into(), expected.code, found.code);
     floating(&mut report, &rules, expected, found);
     // An operand of ten bytes over the end of a page may be written in part.
     if !(expected.vector == PF && rules.name.contains("m80")) {
@@ -70,7 +92,7 @@ pub fn difference(case: &Case, expected: &Outcome, found: &Outcome) -> Option<St
     if report.0.is_empty() { None } else { Some(report.0 + &inputs(case)) }
 }
 
-fn fault_and_flags(report: &mut Report, rules: &Rules, case: &Case, expected: &Outcome, found: &Outcome) {
+fn fault_and_flags(report: &mut Report, rules: &Rules, expected: &Outcome, found: &Outcome) {
     report.number(|| "exception".into(), expected.vector, found.vector);
     if expected.vector == PF && expected.address.wrapping_sub(WINDOW - 4096) < WINDOW_BYTES as u64 + 8192 {
         report.number(|| "error code".into(), expected.error, found.error);
@@ -83,10 +105,8 @@ fn fault_and_flags(report: &mut Report, rules: &Rules, case: &Case, expected: &O
     for (n, (a, b)) in a.gpr.iter().zip(&b.gpr).enumerate() {
         report.number(|| format!("r{n}"), *a, *b);
     }
-    let slot = (a.rip.wrapping_sub(CODE) as usize / SLOT).min(case.count);
-    let defined = FLAGS & !case.undefined[slot];
     if rules.intel || !(rules.fault && (rules.name.contains("Cmps") || rules.name.contains("Scas"))) {
-        report.number(|| "flags".into(), a.flags & defined, b.flags & defined);
+        report.number(|| "flags".into(), a.flags & rules.flags, b.flags & rules.flags);
     }
 }
 

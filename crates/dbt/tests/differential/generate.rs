@@ -4,14 +4,19 @@ use std::ops::RangeInclusive;
 
 use iced_x86::{
     Code, CpuidFeature, Encoder, EncodingKind, FlowControl, Instruction, Mnemonic, OpCodeOperandKind as Kind,
-    RflagsBits,
 };
 
 use crate::{
-    case::{CODE, Case, MOST, SLOT, State},
-    operands::{instruction, place},
+    case::{CODE, CODE_BYTES, Case, MOST, State},
+    flow::{flags, undefined_after},
+    operands::{instruction, near_data, place},
     random::Random,
 };
+
+/// Each instruction of a plain sequence begins at a multiple of this.
+const SLOT: usize = 16;
+/// What lies behind the code.
+const UD2: [u8; 2] = [0x0f, 0x0b];
 
 /// Features whose instructions are tried.
 const FEATURES: [CpuidFeature; 32] = [
@@ -133,22 +138,6 @@ fn is_tried(code: Code) -> bool {
         })
 }
 
-/// Flags of RFLAGS by the decoder's notation.
-fn flags(bits: u32) -> u64 {
-    [
-        (RflagsBits::CF, 0),
-        (RflagsBits::PF, 2),
-        (RflagsBits::AF, 4),
-        (RflagsBits::ZF, 6),
-        (RflagsBits::SF, 7),
-        (RflagsBits::OF, 11),
-    ]
-    .into_iter()
-    .filter(|(bit, _)| bits & bit != 0)
-    .map(|(_, at)| 1 << at)
-    .sum()
-}
-
 /// Makes cases.
 pub struct Generator {
     /// The forms that are tried.
@@ -200,7 +189,9 @@ impl Generator {
     fn put(&self, case: &mut Case, slot: usize, code: Code, random: &mut Random) -> bool {
         let to = (slot + 1 + random.below(4) as usize).min(case.count);
         let target = CODE + (to * SLOT) as u64;
-        let Some(i) = instruction(code, &case.state.gpr, target, random) else { return false };
+        let gpr = case.state.gpr;
+        let mut memory = |i: &mut Instruction, n, random: &mut Random| near_data(i, n, &gpr, random);
+        let Some(i) = instruction(code, &mut memory, target, random) else { return false };
         let undefined = case.undefined[slot];
         if flags(i.rflags_read()) & undefined != 0 {
             return false;
@@ -210,7 +201,7 @@ impl Generator {
         if len > 15 {
             return false;
         }
-        let part = &mut case.code[slot * SLOT..(slot + 1) * SLOT];
+        let part = &mut case.code[slot * SLOT..][..SLOT];
         part[..len].copy_from_slice(&encoder.take_buffer());
         pad(&mut part[len..]);
         let after = undefined_after(&i, undefined);
@@ -226,19 +217,8 @@ fn is_loop(i: &Instruction) -> bool {
     i.is_loop() || i.is_loopcc() || i.is_jcx_short()
 }
 
-/// Flags that are undefined behind an instruction. One that may leave the flags alone takes nothing back.
-fn undefined_after(i: &Instruction, before: u64) -> u64 {
-    use Mnemonic as M;
-    let conditional = matches!(
-        i.mnemonic(),
-        M::Shl | M::Sal | M::Shr | M::Sar | M::Rol | M::Ror | M::Rcl | M::Rcr | M::Shld | M::Shrd
-    ) || i.is_string_instruction();
-    let defined = if conditional { 0 } else { flags(i.rflags_modified() & !i.rflags_undefined()) };
-    before & !defined | flags(i.rflags_undefined())
-}
-
 /// Fills with NOPs of any length.
-fn pad(part: &mut [u8]) {
+pub fn pad(part: &mut [u8]) {
     if let Some((last, prefixes)) = part.split_last_mut() {
         prefixes.fill(0x66);
         *last = 0x90;
@@ -246,26 +226,40 @@ fn pad(part: &mut [u8]) {
 }
 
 /// A case with inputs and no instructions yet.
-fn blank(seed: u64, count: usize, random: &mut Random) -> Case {
-    let mut case = Case { seed, state: State::ZERO, code: [0; SLOT * MOST], count, undefined: [0; MOST + 1] };
-    for slot in case.code.chunks_exact_mut(SLOT) {
+pub fn blank(seed: u64, count: usize, random: &mut Random) -> Case {
+    let mut case = Case {
+        seed,
+        state: state(random),
+        code: [0; CODE_BYTES],
+        starts: std::array::from_fn(|n| (n * SLOT) as u16),
+        count,
+        undefined: [0; MOST + 1],
+    };
+    for slot in case.code[..count * SLOT].chunks_exact_mut(SLOT) {
         pad(slot);
     }
-    for value in &mut case.state.gpr {
+    case.code[count * SLOT..][..2].copy_from_slice(&UD2);
+    case
+}
+
+/// Registers, with pointers to the data where string and stack instructions look for them.
+pub fn state(random: &mut Random) -> State {
+    let mut state = State::ZERO;
+    for value in &mut state.gpr {
         *value = general(random);
     }
     if random.chance(80) {
-        case.state.gpr[1] = random.below(20);
+        state.gpr[1] = random.below(20);
     }
     for pointer in [4, 6, 7] {
         if random.chance(85) {
-            case.state.gpr[pointer] = place(random, 8);
+            state.gpr[pointer] = place(random, 8);
         }
     }
     // Interrupts enabled, as every user program has them.
-    case.state.flags = 0x202 | random.next() & 0x8d5 | if random.chance(20) { 0x400 } else { 0 };
-    floating(&mut case.state.fpu, random);
-    case
+    state.flags = 0x202 | random.next() & 0x8d5 | if random.chance(20) { 0x400 } else { 0 };
+    floating(&mut state.fpu, random);
+    state
 }
 
 fn general(random: &mut Random) -> u64 {

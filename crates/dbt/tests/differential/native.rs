@@ -2,12 +2,16 @@
 
 use std::{arch::naked_asm, mem::offset_of};
 
-use crate::case::{CODE, Case, DIED, Executor, NONE, Outcome, SLOT, State, WINDOW, WINDOW_BYTES};
+use crate::case::{
+    CODE, CODE_BYTES, Case, DIED, Executor, GS_BASE, NONE, Outcome, State, WINDOW, WINDOW_BYTES, digest,
+};
 
 /// Page of the child at a low address, for absolute addressing: a [`Control`].
 const CONTROL: u64 = 0x3b5a_d000;
 /// Where the cases and outcomes are in the parent and the child.
 const MOST_CASES: usize = 256;
+/// Vector of the UD2 behind a case.
+const UD: u64 = 6;
 /// Seconds that a batch may take.
 const PATIENCE: u32 = 20;
 const STATE: usize = offset_of!(Control, state);
@@ -106,19 +110,24 @@ unsafe fn child(shared: *mut Shared, from: usize, count: usize) -> ! {
     let fixed = libc::MAP_PRIVATE | libc::MAP_FIXED_NOREPLACE | libc::MAP_POPULATE;
     let rw = libc::PROT_READ | libc::PROT_WRITE;
     map(WINDOW, WINDOW_BYTES, rw, fixed);
-    map(CODE, 4096, rw | libc::PROT_EXEC, fixed);
+    map(CODE, CODE_BYTES, rw | libc::PROT_EXEC, fixed);
     map(CONTROL, size_of::<Control>().next_multiple_of(4096), rw, fixed);
     let stack = map(0, 1 << 16, rw, libc::MAP_PRIVATE);
     // SAFETY: the pages were just mapped; `shared` is this process's alone while it runs.
     unsafe {
         install_handlers(stack);
         libc::alarm(PATIENCE);
+        const ARCH_SET_GS: libc::c_int = 0x1001;
+        libc::syscall(libc::SYS_arch_prctl, ARCH_SET_GS, GS_BASE);
+        // From here on little more than returning from a signal and leaving is possible.
+        libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_STRICT);
         for n in from..count {
             (&raw mut (*shared).begun).write_volatile(n + 1);
             one(&(*shared).cases[n], &mut (*shared).outcomes[n]);
         }
-        libc::_exit(0)
+        libc::syscall(libc::SYS_exit, 0);
     }
+    unreachable!("the process has left")
 }
 
 unsafe fn install_handlers(stack: *mut u8) {
@@ -140,23 +149,20 @@ unsafe fn one(case: &Case, outcome: &mut Outcome) {
     unsafe {
         let window = std::slice::from_raw_parts_mut(WINDOW as *mut u8, WINDOW_BYTES);
         case.fill(window);
-        let code = std::slice::from_raw_parts_mut(CODE as *mut u8, 4096);
-        code[..case.code.len()].copy_from_slice(&case.code);
-        let end = case.count * SLOT;
-        // jmp [rip]; address
-        code[end..end + 6].copy_from_slice(&[0xff, 0x25, 0, 0, 0, 0]);
-        code[end + 6..end + 14].copy_from_slice(&(leave as *const () as u64).to_le_bytes());
+        let code = std::slice::from_raw_parts_mut(CODE as *mut u8, CODE_BYTES);
+        code.copy_from_slice(&case.code);
         let control = CONTROL as *mut Control;
         (*control).state = case.state;
-        (*control).entry = CODE;
+        (*control).entry = case.entry();
         (*control).fault = [NONE, 0, 0];
         enter();
         outcome.state = (*control).state;
         [outcome.vector, outcome.error, outcome.address] = (*control).fault;
-        if outcome.vector == NONE {
-            outcome.state.rip = case.end();
+        if outcome.vector == UD && outcome.state.rip == case.end() {
+            (outcome.vector, outcome.error, outcome.address) = (NONE, 0, 0);
         }
         outcome.window.copy_from_slice(window);
+        outcome.code = digest(code);
     }
 }
 
@@ -177,23 +183,7 @@ unsafe extern "sysv64" fn enter() {
     )
 }
 
-/// Where the code leads: saves the registers and returns from [`enter`].
-#[unsafe(naked)]
-unsafe extern "sysv64" fn leave() {
-    naked_asm!(
-        "mov [{gpr}], rax", "mov [{gpr} + 8], rcx", "mov [{gpr} + 16], rdx", "mov [{gpr} + 24], rbx",
-        "mov [{gpr} + 32], rsp", "mov [{gpr} + 40], rbp", "mov [{gpr} + 48], rsi", "mov [{gpr} + 56], rdi",
-        "mov [{gpr} + 64], r8", "mov [{gpr} + 72], r9", "mov [{gpr} + 80], r10", "mov [{gpr} + 88], r11",
-        "mov [{gpr} + 96], r12", "mov [{gpr} + 104], r13", "mov [{gpr} + 112], r14", "mov [{gpr} + 120], r15",
-        "mov rsp, [{host_rsp}]",
-        "pushfq", "pop qword ptr [{flags}]",
-        "mov eax, 7", "xor edx, edx", "xsave64 [{fpu}]",
-        "jmp {back}",
-        host_rsp = const HOST_RSP, fpu = const FPU, flags = const FLAGS, gpr = const GPR, back = sym back,
-    )
-}
-
-/// Returns from [`enter`] without saving anything.
+/// Returns from [`enter`].
 #[unsafe(naked)]
 unsafe extern "sysv64" fn back() {
     naked_asm!(

@@ -8,13 +8,16 @@ use crate::{
 };
 
 /// A register of a family by number.
-fn nth(family: Register, n: u64) -> Register {
+pub fn nth(family: Register, n: u64) -> Register {
     Register::try_from(family as usize + n as usize).expect("a register")
 }
 
+/// Makes the numbered operand of an instruction one in memory.
+pub type Memory<'a> = &'a mut dyn FnMut(&mut Instruction, u32, &mut Random);
+
 /// The instruction form with random operands; branches go to `target`. `None` if the form has an operand that is not
 /// tried.
-pub fn instruction(code: Code, gpr: &[u64; 16], target: u64, random: &mut Random) -> Option<Instruction> {
+pub fn instruction(code: Code, memory: Memory, target: u64, random: &mut Random) -> Option<Instruction> {
     let mut i = Instruction::default();
     i.set_code(code);
     let kinds = code.op_code().op_kinds();
@@ -30,12 +33,12 @@ pub fn instruction(code: Code, gpr: &[u64; 16], target: u64, random: &mut Random
             Kind::mem | Kind::r8_or_mem | Kind::r16_or_mem | Kind::r32_or_mem | Kind::r64_or_mem => {}
             Kind::mm_or_mem | Kind::xmm_or_mem | Kind::ymm_or_mem => {}
             Kind::mem_vsib32x | Kind::mem_vsib64x => {
-                memory(&mut i, n, gpr, random);
+                memory(&mut i, n, random);
                 vsib(&mut i, Register::XMM0, random);
                 continue;
             }
             Kind::mem_vsib32y | Kind::mem_vsib64y => {
-                memory(&mut i, n, gpr, random);
+                memory(&mut i, n, random);
                 vsib(&mut i, Register::YMM0, random);
                 continue;
             }
@@ -73,7 +76,7 @@ pub fn instruction(code: Code, gpr: &[u64; 16], target: u64, random: &mut Random
                 | Kind::xmm_or_mem
                 | Kind::ymm_or_mem
         ) {
-            memory(&mut i, n, gpr, random);
+            memory(&mut i, n, random);
         }
     }
     prefixes(&mut i, random);
@@ -173,7 +176,8 @@ pub fn place(random: &mut Random, align: u64) -> u64 {
     }
 }
 
-fn memory(i: &mut Instruction, n: u32, gpr: &[u64; 16], random: &mut Random) {
+/// A memory operand somewhere at the data, with whatever the registers hold at the start as base and index.
+pub fn near_data(i: &mut Instruction, n: u32, gpr: &[u64; 16], random: &mut Random) {
     i.set_op_kind(n, OpKind::Memory);
     let target = place(random, 32);
     let narrow = random.chance(10);

@@ -1,0 +1,56 @@
+//! The translator: blocks of host code, first made and then used again.
+
+use ruse_dbt::{DbtOptions, runtime::vcpu::DbtVcpu};
+use ruse_memory::GuestRam;
+
+use crate::{
+    case::{Case, Executor, Outcome},
+    guest::{NullBus, forget_addresses, load, machine, unload},
+};
+
+/// Cases between two that begin with empty TLBs.
+const FORGETFUL: u64 = 16;
+
+/// The executor. Code stays translated from one case to the next if it is the same.
+pub struct Translator {
+    vcpu: DbtVcpu,
+    ram: GuestRam,
+    cases: u64,
+}
+
+impl Translator {
+    /// A CPU with everything that the engine offers.
+    pub fn new() -> Self {
+        let (cpu, ram) = machine();
+        let vcpu = DbtVcpu::new(cpu, DbtOptions::default()).expect("memory for generated code");
+        Self { vcpu, ram, cases: 0 }
+    }
+
+    /// How often translated code was entered, and how many instructions were left to tier 0.
+    pub fn work(&self) -> (u64, u64) {
+        let counters = &self.vcpu.cpu().counters;
+        (counters.dispatches, counters.tier0)
+    }
+
+    fn one(&mut self, case: &Case) -> Outcome {
+        self.cases += 1;
+        if self.cases.is_multiple_of(FORGETFUL) {
+            forget_addresses(self.vcpu.cpu_mut(), &self.ram);
+        }
+        load(self.vcpu.cpu_mut(), &self.ram, case);
+        let fault = self.vcpu.run_until_fault(&NullBus);
+        unload(self.vcpu.cpu(), &self.ram, case, fault)
+    }
+}
+
+impl Executor for Translator {
+    fn name(&self) -> &'static str {
+        "the translator"
+    }
+    fn forgets_dead_flags(&self) -> bool {
+        true
+    }
+    fn run(&mut self, cases: &[Case]) -> Vec<Outcome> {
+        cases.iter().map(|case| self.one(case)).collect()
+    }
+}
