@@ -221,7 +221,7 @@ fn walk_once(
         }
         let large =
             level.shift > 12 && entry & pte::PS != 0 && level.leaf && (wide || mode.cr4 & cr4::PSE != 0);
-        if reserved_bits(wide, nxe, level, large) & entry != 0 {
+        if reserved_bits(mode, level, large) & entry != 0 {
             return Some(Err(error(true, true)));
         }
         path[depth] = (at, entry);
@@ -264,14 +264,16 @@ fn walk_once(
     unreachable!("the last level is always a leaf")
 }
 
-/// Bits that must be zero in an entry of this level (SDM volume 3, 4.5.4, 4.4.2 and 4.3).
-fn reserved_bits(wide: bool, nxe: bool, level: &Level, large: bool) -> u64 {
-    if !wide {
+/// Bits that must be zero in an entry of this level (SDM volume 3, tables 4-4, 4-9 to 4-11 and 4-15 to 4-20).
+fn reserved_bits(mode: &PagingMode, level: &Level, large: bool) -> u64 {
+    if mode.cr4 & cr4::PAE == 0 {
         // Bit 21 of a PSE-36 entry; the high bits above 40 do not exist with MAXPHYADDR over 40.
         return if large { 1 << 21 } else { 0 };
     }
-    let mut reserved = ((1u64 << 52) - 1) & !((1 << PHYS_BITS) - 1);
-    if !nxe {
+    // With four levels bits 52 to 62 are ignored, with PAE they are reserved too.
+    let end = if mode.efer & efer::LMA != 0 { 52 } else { 63 };
+    let mut reserved = ((1u64 << end) - 1) & !((1 << PHYS_BITS) - 1);
+    if mode.efer & efer::NXE == 0 {
         reserved |= pte::NX;
     }
     if large {
@@ -281,3 +283,6 @@ fn reserved_bits(wide: bool, nxe: bool, level: &Level, large: bool) -> u64 {
     }
     reserved
 }
+
+#[cfg(test)]
+mod tests;
