@@ -25,7 +25,7 @@ pub fn run(options: &RunOptions, started: Instant) -> Result<u8, Failure> {
     let mut config = config(options);
     // What is wrong with the options must not wait for a download.
     config.validate(host_memory()).map_err(MachineError::from)?;
-    let choice = choose(config.accel).map_err(MachineError::from)?;
+    let choice = choose(&config);
     if options.dry_run {
         return dry_run(options, config, &choice);
     }
@@ -33,7 +33,7 @@ pub fn run(options: &RunOptions, started: Instant) -> Result<u8, Failure> {
         let files = guest::prepare().map_err(Failure::other)?;
         use_default_guest(&mut config, files);
     }
-    boot(options, config, started)
+    boot(options, config, &choice, started)
 }
 
 /// The machine that the options describe; without a kernel yet if they name none.
@@ -130,9 +130,14 @@ fn describe(config: &MachineConfig, choice: &Choice) -> String {
 }
 
 /// Loads the guest, runs it to its end and says how it went.
-fn boot(options: &RunOptions, config: MachineConfig, started: Instant) -> Result<u8, Failure> {
+fn boot(
+    options: &RunOptions,
+    config: MachineConfig,
+    choice: &Choice,
+    started: Instant,
+) -> Result<u8, Failure> {
     let serial = config.serial.clone();
-    let (engine, choice) = engine_for(&config).map_err(MachineError::from)?;
+    let engine = engine_for(&config, choice).map_err(MachineError::from)?;
     tracing::info!(engine = engine.name(), reason = choice.reason, "engine chosen");
     let machine = Machine::load(config)?;
     let link = Arc::default();

@@ -89,7 +89,6 @@ fn cpus() {
 
 #[test]
 fn options() {
-    refused(&["--accel", "kvm"], &["--accel kvm"]);
     refused(&["--accel", "xen"], &["--accel", "expected auto, kvm or dbt"]);
     refused(&["--accel", "kvm", "--tier", "0"], &["contradict"]);
     refused(&["--check", "--tier", "1"], &["--check", "--tier", "contradict"]);
@@ -119,7 +118,7 @@ fn a_dry_run_shows_the_machine() {
     let machine: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(machine["machine"]["memory"], 1u64 << 30);
     assert_eq!(machine["machine"]["cpus"]["cores"], 2);
-    assert_eq!(machine["engine"]["engine"], "dbt");
+    assert!(["dbt", "kvm"].contains(&machine["engine"]["engine"].as_str().unwrap()), "{machine}");
 }
 
 #[test]
@@ -140,7 +139,7 @@ fn the_doctor_reports() {
     let text = String::from_utf8(ruse(&["doctor"]).stdout).unwrap();
     assert!(text.contains("--accel auto") && text.contains("KVM"), "{text}");
     let report: serde_json::Value = serde_json::from_slice(&ruse(&["doctor", "--json"]).stdout).unwrap();
-    assert_eq!(report["auto"]["engine"], "dbt");
+    assert!(["dbt", "kvm"].contains(&report["auto"]["engine"].as_str().unwrap()), "{report}");
 }
 
 #[test]

@@ -11,6 +11,7 @@ mod finish;
 mod handle;
 mod ioctl;
 mod open;
+pub mod probe;
 mod state;
 mod vcpu;
 mod vm;

@@ -201,3 +201,17 @@ fn a_state_comes_back_as_it_was_set() {
     found.tsc_aux = state.tsc_aux;
     assert_eq!(found, state);
 }
+
+#[test]
+fn the_speed_can_be_measured() {
+    let Ok(engine) = KvmEngine::open() else {
+        println!("skipped: there is no KVM");
+        return;
+    };
+    let started = std::time::Instant::now();
+    let speed = ruse_kvm::probe::measure(&engine).unwrap();
+    println!("{speed:?} in {:?}", started.elapsed());
+    // No emulator, and no hardware, is out of these.
+    assert!((1_000..100_000_000).contains(&speed.exits));
+    assert!((10_000..100_000_000_000).contains(&speed.instructions));
+}

@@ -6,8 +6,11 @@ use rustix::fs::MemfdFlags;
 use rustix::process::{Resource, getrlimit};
 use serde::Serialize;
 
-use crate::config::Accel;
-use crate::host::{HostCpu, KvmState, host_memory};
+use ruse_kvm::KvmEngine;
+use ruse_kvm::probe::{Speed, measure};
+
+use crate::config::{Accel, MachineConfig};
+use crate::host::{HostCpu, host_memory};
 
 /// Features that a guest gets at the x86-64-v3 level, as Linux names them, and what the translator itself uses.
 const WANTED: [&str; 20] = [
@@ -43,7 +46,7 @@ pub struct HostReport {
     /// Bytes of RAM.
     pub memory: u64,
     /// /dev/kvm.
-    pub kvm: KvmState,
+    pub kvm: KvmReport,
     /// Whether memory for generated code can be made: anonymous files, mapped executable.
     pub executable_memory: Result<(), String>,
     /// Limits of this process.
@@ -84,16 +87,70 @@ pub enum ChoiceError {
     Kvm(#[from] ruse_kvm::OpenError),
 }
 
-/// Chooses an engine.
-pub fn choose(accel: Accel) -> Result<Choice, ChoiceError> {
-    match accel {
-        Accel::Kvm => Ok(Choice { engine: Accel::Kvm, reason: "asked for".into() }),
-        Accel::Dbt => Ok(Choice { engine: Accel::Dbt, reason: "asked for".into() }),
-        Accel::Auto => {
-            let kvm = KvmState::detect().describe();
-            let reason = format!("the speed of KVM is not measured yet ({kvm})");
-            Ok(Choice { engine: Accel::Dbt, reason })
+/// Chooses the engine of a machine. `auto` takes KVM where it is hardware, for which it runs a guest of a few
+/// instructions; a KVM that is software itself is slower than the translator by far.
+pub fn choose(config: &MachineConfig) -> Choice {
+    let asked = |engine| Choice { engine, reason: "asked for".into() };
+    match config.accel {
+        Accel::Kvm => asked(Accel::Kvm),
+        Accel::Dbt => asked(Accel::Dbt),
+        Accel::Auto if config.tier.is_some() || config.check => {
+            Choice { engine: Accel::Dbt, reason: "--tier and --check are of the translator".into() }
         }
+        Accel::Auto => KvmReport::collect().choice(),
+    }
+}
+
+/// What /dev/kvm is like.
+#[derive(Clone, Debug, Serialize)]
+#[serde(tag = "state", rename_all = "kebab-case")]
+pub enum KvmReport {
+    /// It cannot be used.
+    Unusable {
+        /// Why, and what can be done.
+        reason: String,
+    },
+    /// It runs guests.
+    Usable {
+        /// How fast.
+        speed: Speed,
+    },
+}
+
+impl KvmReport {
+    /// Tries it. Takes a millisecond or two on hardware, more on slow ones.
+    pub fn collect() -> Self {
+        let speed = KvmEngine::open()
+            .map_err(|error| error.to_string())
+            .and_then(|engine| measure(&engine).map_err(|error| format!("KVM fails a trial: {error}")));
+        match speed {
+            Ok(speed) => Self::Usable { speed },
+            Err(reason) => Self::Unusable { reason },
+        }
+    }
+
+    /// One line for people.
+    pub fn describe(&self) -> String {
+        match self {
+            Self::Unusable { reason } => reason.clone(),
+            Self::Usable { speed } => {
+                let kind = if speed.is_hardware() { "hardware" } else { "software, which is slow" };
+                let millions = |n: u64| n as f64 / 1e6;
+                let (instructions, exits) = (millions(speed.instructions), millions(speed.exits));
+                format!(
+                    "/dev/kvm is {kind}: {instructions:.1} million kernel-mode instructions and {exits:.2} million exits a second"
+                )
+            }
+        }
+    }
+
+    /// The engine for a host with this.
+    fn choice(&self) -> Choice {
+        let engine = match self {
+            Self::Usable { speed } if speed.is_hardware() => Accel::Kvm,
+            _ => Accel::Dbt,
+        };
+        Choice { engine, reason: self.describe() }
     }
 }
 
@@ -102,17 +159,16 @@ impl HostReport {
     pub fn collect() -> Self {
         let cpu = HostCpu::detect();
         let missing_features = WANTED.into_iter().filter(|flag| !cpu.has(flag)).collect();
-        let auto = choose(Accel::Auto)
-            .unwrap_or_else(|error| Choice { engine: Accel::Dbt, reason: error.to_string() });
+        let kvm = KvmReport::collect();
         Self {
             cpu,
             missing_features,
             memory: host_memory(),
-            kvm: KvmState::detect(),
+            auto: kvm.choice(),
+            kvm,
             executable_memory: probe_executable_memory().map_err(|error| error.to_string()),
             limits: Limits::detect(),
             perf_event_paranoid: read_number("/proc/sys/kernel/perf_event_paranoid"),
-            auto,
         }
     }
 }
@@ -154,15 +210,28 @@ mod tests {
     #[test]
     fn this_host_can_be_reported_on() {
         let report = HostReport::collect();
-        assert_eq!(report.auto.engine, Accel::Dbt);
+        assert_ne!(report.auto.engine, Accel::Auto);
         assert_eq!(report.executable_memory, Ok(()));
         let json = serde_json::to_value(&report).unwrap();
         assert!(json["auto"]["reason"].is_string() && json["kvm"]["state"].is_string());
     }
 
     #[test]
+    fn auto_takes_kvm_only_where_it_is_hardware() {
+        let kvm = |instructions| KvmReport::Usable { speed: Speed { exits: 100_000, instructions } };
+        assert_eq!(kvm(2_000_000_000).choice().engine, Accel::Kvm);
+        let slow = kvm(1_500_000).choice();
+        assert_eq!(slow.engine, Accel::Dbt);
+        assert!(slow.reason.contains("software"), "{}", slow.reason);
+        let none = KvmReport::Unusable { reason: "no".into() }.choice();
+        assert_eq!(none, Choice { engine: Accel::Dbt, reason: "no".into() });
+    }
+
+    #[test]
     fn what_is_asked_for_is_taken() {
-        assert_eq!(choose(Accel::Kvm).unwrap().engine, Accel::Kvm);
-        assert_eq!(choose(Accel::Dbt).unwrap().engine, Accel::Dbt);
+        let with = |accel, check| choose(&MachineConfig { accel, check, ..MachineConfig::new("k") }).engine;
+        assert_eq!(with(Accel::Kvm, false), Accel::Kvm);
+        assert_eq!(with(Accel::Dbt, false), Accel::Dbt);
+        assert_eq!(with(Accel::Auto, true), Accel::Dbt);
     }
 }

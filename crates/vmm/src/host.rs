@@ -1,15 +1,8 @@
 //! What the host says about itself.
 
-use std::fs::{self, OpenOptions};
-use std::io;
-use std::os::fd::AsRawFd;
+use std::fs;
 
 use serde::Serialize;
-
-/// The number of KVM's only API since 2007.
-const KVM_API_VERSION: i32 = 12;
-/// `_IO(0xae, 0)`: KVM_GET_API_VERSION.
-const KVM_GET_API_VERSION: libc::c_ulong = 0xae00;
 
 /// Bytes of RAM of the host.
 pub fn host_memory() -> u64 {
@@ -67,55 +60,6 @@ impl HostCpu {
     }
 }
 
-/// What /dev/kvm is like.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-#[serde(tag = "state", rename_all = "kebab-case")]
-pub enum KvmState {
-    /// There is none.
-    Missing,
-    /// It may not be opened.
-    Denied,
-    /// It cannot be used.
-    Broken {
-        /// Why.
-        error: String,
-    },
-    /// It answers.
-    Present {
-        /// The version of its API; 12 is the one that everybody has.
-        api_version: i32,
-    },
-}
-
-impl KvmState {
-    /// Asks the host.
-    pub fn detect() -> Self {
-        let file = match OpenOptions::new().read(true).write(true).open("/dev/kvm") {
-            Ok(file) => file,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Self::Missing,
-            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => return Self::Denied,
-            Err(error) => return Self::Broken { error: error.to_string() },
-        };
-        // SAFETY: the request takes no argument and touches no memory of this process.
-        let version = unsafe { libc::ioctl(file.as_raw_fd(), KVM_GET_API_VERSION, 0) };
-        if version < 0 {
-            return Self::Broken { error: io::Error::last_os_error().to_string() };
-        }
-        Self::Present { api_version: version }
-    }
-
-    /// One line for people.
-    pub fn describe(&self) -> String {
-        match self {
-            Self::Missing => "/dev/kvm does not exist".into(),
-            Self::Denied => "/dev/kvm exists, but this user may not open it (group kvm?)".into(),
-            Self::Broken { error } => format!("/dev/kvm does not answer: {error}"),
-            Self::Present { api_version: KVM_API_VERSION } => "/dev/kvm works".into(),
-            Self::Present { api_version } => format!("/dev/kvm has an unknown API version {api_version}"),
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -134,6 +78,5 @@ mod tests {
     fn this_host_answers() {
         assert!(host_memory() > 1 << 20);
         assert!(HostCpu::detect().count > 0);
-        assert!(!KvmState::detect().describe().is_empty());
     }
 }

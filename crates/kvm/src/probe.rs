@@ -1,0 +1,153 @@
+//! Measures in a few milliseconds whether this host's KVM is hardware: a tiny guest counts down at CPL 0 and writes to
+//! a port.
+
+use std::{
+    cell::RefCell,
+    sync::{Arc, Mutex, PoisonError},
+    time::Instant,
+};
+
+use ruse_arch::{
+    Segment, VcpuState,
+    flags::{cr0, cr4, efer, rflags},
+    state::{reg, seg},
+};
+use ruse_engine::{Bus, Clock, Engine, EngineError, Halt, MsrFault, VcpuHandle};
+use ruse_memory::GuestRam;
+
+use crate::KvmEngine;
+
+/// The program: `loop: dec ecx; jnz loop; out 10h, al; mov ecx, ebx; jmp loop`.
+const PROGRAM: [u8; 10] = [0xff, 0xc9, 0x75, 0xfc, 0xe6, PORT, 0x89, 0xd9, 0xeb, 0xf6];
+const PORT: u8 = 0x10;
+const CODE: u64 = 0x8000;
+const PML4: u64 = 0x1000;
+const PDPT: u64 = 0x2000;
+const PD: u64 = 0x3000;
+/// Counts of the first, short rounds, which measure the exits.
+const SHORT: u64 = 1;
+/// Rounds of that kind, with two that warm up.
+const ROUNDS: usize = 18;
+/// Instructions of a long round: 40 µs of hardware, a few milliseconds of an emulator.
+const LONG: u64 = 4_000;
+/// Instructions a second above which KVM is hardware: emulators are below ten million, hardware is above a thousand.
+const HARDWARE: u64 = 100_000_000;
+
+/// How fast KVM runs guests here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct Speed {
+    /// Port accesses a second that come to this process.
+    pub exits: u64,
+    /// Instructions at CPL 0 a second.
+    pub instructions: u64,
+}
+
+impl Speed {
+    /// Whether a CPU's virtualization is behind /dev/kvm, and not a program.
+    pub fn is_hardware(&self) -> bool {
+        self.instructions >= HARDWARE
+    }
+}
+
+/// Takes the time of each port access, and stops the vCPU after the last.
+struct Stopwatch {
+    handle: Arc<dyn VcpuHandle>,
+    times: Mutex<Vec<Instant>>,
+    wanted: usize,
+}
+
+impl Bus for Stopwatch {
+    fn pio_read(&self, _: u32, _: u16, data: &mut [u8]) {
+        data.fill(0xff);
+    }
+    fn pio_write(&self, _: u32, _: u16, _: &[u8]) {
+        let mut times = self.times.lock().unwrap_or_else(PoisonError::into_inner);
+        times.push(Instant::now());
+        if times.len() == self.wanted {
+            self.handle.kick();
+        }
+    }
+    fn mmio_read(&self, _: u32, _: u64, data: &mut [u8]) {
+        data.fill(0xff);
+    }
+    fn mmio_write(&self, _: u32, _: u64, _: &[u8]) {}
+    fn interrupt_pending(&self, _: u32) -> bool {
+        false
+    }
+    fn acknowledge_interrupt(&self, _: u32) -> Option<u8> {
+        None
+    }
+    fn cr8(&self, _: u32) -> u8 {
+        0
+    }
+    fn set_cr8(&self, _: u32, _: u8) {}
+    fn apic_msr(&self, _: u32, _: u32) -> Result<u64, MsrFault> {
+        Err(MsrFault)
+    }
+    fn set_apic_msr(&self, _: u32, _: u32, _: u64) -> Result<(), MsrFault> {
+        Err(MsrFault)
+    }
+    fn apic_init(&self, _: u32) {}
+    fn x87_error(&self, _: u32) {}
+}
+
+/// Long mode over two identity-mapped megabytes: CPUs without "unrestricted guest" emulate the modes before.
+fn state(count: u64) -> VcpuState {
+    let data = Segment { base: 0, limit: u32::MAX, attr: 0xc093, selector: 0x10 };
+    let mut state = VcpuState {
+        rip: CODE,
+        rflags: rflags::FIXED,
+        cr0: cr0::PE | cr0::PG | cr0::ET | cr0::NE,
+        cr3: PML4,
+        cr4: cr4::PAE,
+        efer: efer::LME | efer::LMA,
+        seg: [data; 6],
+        ..VcpuState::default()
+    };
+    state.seg[seg::CS] = Segment { base: 0, limit: u32::MAX, attr: 0xa09b, selector: 8 };
+    state.gpr[reg::RCX] = count;
+    state.gpr[reg::RBX] = count;
+    state
+}
+
+/// RAM with the program and its page tables: one entry each, for a large page.
+fn ram() -> Result<GuestRam, EngineError> {
+    use vm_memory::{Bytes, GuestAddress};
+    const PRESENT_WRITABLE: u64 = 3;
+    const LARGE: u64 = 1 << 7;
+    let failed =
+        |source: std::io::Error| EngineError::Host { what: "cannot make RAM for a measurement", source };
+    let ram = GuestRam::new(64 << 10).map_err(|error| failed(std::io::Error::other(error)))?;
+    let put = |at: u64, bytes: &[u8]| {
+        ram.memory()
+            .write_slice(bytes, GuestAddress(at))
+            .map_err(|error| failed(std::io::Error::other(error)))
+    };
+    put(PML4, &(PDPT | PRESENT_WRITABLE).to_le_bytes())?;
+    put(PDPT, &(PD | PRESENT_WRITABLE).to_le_bytes())?;
+    put(PD, &(LARGE | PRESENT_WRITABLE).to_le_bytes())?;
+    put(CODE, &PROGRAM)?;
+    Ok(ram)
+}
+
+/// Measures.
+pub fn measure(engine: &KvmEngine) -> Result<Speed, EngineError> {
+    let vm = engine.create_vm(ram()?, Arc::new(Clock::with_frequency(1_000_000_000)))?;
+    let vcpu = RefCell::new(vm.create_vcpu(0, engine.supported_cpuid())?);
+    // Nanoseconds of the fastest round: whatever else the host does only makes rounds longer.
+    let fastest = |count: u64, rounds: usize| {
+        let mut vcpu = vcpu.borrow_mut();
+        let watch = Stopwatch { handle: vcpu.handle(), times: Mutex::default(), wanted: rounds };
+        vcpu.set_state(&state(count))?;
+        if vcpu.run(&watch)? != Halt::Kicked {
+            return Err(EngineError::Guest("KVM does not run a loop of five instructions".into()));
+        }
+        let times = watch.times.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let fastest = times.windows(2).map(|pair| (pair[1] - pair[0]).as_nanos() as u64).min();
+        Ok::<_, EngineError>(fastest.unwrap_or(u64::MAX).max(1))
+    };
+    let exit = fastest(SHORT, ROUNDS)?;
+    let long = fastest(LONG / 2, 3)?;
+    let per_second = |events: u64, ns: u64| events * 1_000_000_000 / ns.max(1);
+    Ok(Speed { exits: per_second(1, exit), instructions: per_second(LONG, long.saturating_sub(exit)) })
+}

@@ -1,0 +1,305 @@
+//! Interrupts of every kind, NMIs, start-up IPIs and triple faults under KVM.
+
+mod support;
+
+use std::{sync::Arc, thread, time::Duration};
+
+use iced_x86::code_asm::*;
+use ruse_arch::{MpState, VcpuState, state::seg};
+use ruse_engine::{Halt, Message, Vm};
+use support::*;
+
+/// Where handlers are.
+const HANDLERS: u64 = 0x2000;
+/// Where messages to the first vCPU go, in physical destination mode (SDM volume 3, 10.11.1).
+const FIRST: u64 = 0xfee0_0000;
+/// The local APIC's register for ends of interrupts.
+const EOI: u32 = 0xfee0_00b0;
+const TRIGGER_LEVEL: u32 = 1 << 15;
+/// Long enough for a vCPU to halt.
+const A_WHILE: Duration = Duration::from_millis(30);
+
+/// Writes a number to the port that the machine remembers.
+fn say(a: &mut CodeAssembler, number: u32) {
+    a.mov(al, number).unwrap();
+    a.out(PORT, al).unwrap();
+}
+
+fn end(a: &mut CodeAssembler) {
+    a.mov(dx, u32::from(END)).unwrap();
+    a.out(dx, al).unwrap();
+}
+
+/// A machine before a program in real mode, whose interrupts of these vectors say their number. The local APIC is enabled.
+fn real(vectors: &[u8], program: impl FnOnce(&mut CodeAssembler)) -> Option<(Rig, VcpuState)> {
+    let mut rig = Rig::new(&kvm()?);
+    let mut state = real_mode();
+    state.lapic = Some(rig.enabled_lapic());
+    rig.put(CODE, &assemble(16, CODE, program));
+    for &vector in vectors {
+        let at = HANDLERS + 0x10 * u64::from(vector);
+        let handler = assemble(16, at, |a| {
+            say(a, vector.into());
+            a.iret().unwrap();
+        });
+        rig.put(at, &handler);
+        rig.put(4 * u64::from(vector), &(at as u32).to_le_bytes());
+    }
+    state.idtr.base = 0;
+    rig.vcpu.set_state(&state).unwrap();
+    Some((rig, state))
+}
+
+/// Says 1, halts with interrupts on, and says 2 when something has woken it.
+fn halt_once(a: &mut CodeAssembler) {
+    a.cli().unwrap();
+    say(a, 1);
+    a.sti().unwrap();
+    a.hlt().unwrap();
+    say(a, 2);
+    end(a);
+}
+
+#[test]
+fn an_interrupt_of_the_8259s_waits_until_the_guest_takes_it() {
+    let Some((mut rig, _)) = real(&[0x30], |a| {
+        a.cli().unwrap();
+        say(a, 1);
+        say(a, 2);
+        a.sti().unwrap();
+        a.nop().unwrap();
+        say(a, 3);
+        end(a);
+    }) else {
+        return;
+    };
+    let bus = Recorder::with_hook(|bus, value| {
+        if value == 1 {
+            bus.offered.lock().unwrap().push_back(0x30);
+        }
+    });
+    bus.run(&mut *rig.vcpu);
+    assert_eq!(bus.written(), [1, 2, 0x30, 3]);
+}
+
+#[test]
+fn interrupts_of_the_8259s_come_one_after_the_other() {
+    let Some((mut rig, _)) = real(&[0x30, 0x31], |a| {
+        a.cli().unwrap();
+        say(a, 1);
+        a.sti().unwrap();
+        (0..4).for_each(|_| a.nop().unwrap());
+        say(a, 2);
+        end(a);
+    }) else {
+        return;
+    };
+    let bus = Recorder::with_hook(|bus, value| {
+        if value == 1 {
+            bus.offered.lock().unwrap().extend([0x30, 0x31]);
+        }
+    });
+    bus.run(&mut *rig.vcpu);
+    assert_eq!(bus.written(), [1, 0x30, 0x31, 2]);
+}
+
+#[test]
+fn an_interrupt_of_the_8259s_wakes_a_vcpu_that_halts() {
+    let Some((mut rig, _)) = real(&[0x30], halt_once) else { return };
+    let bus = Arc::new(Recorder::default());
+    let device = thread::spawn({
+        let bus = bus.clone();
+        let handle = rig.vcpu.handle();
+        move || {
+            thread::sleep(A_WHILE);
+            bus.offered.lock().unwrap().push_back(0x30);
+            handle.notify_interrupt();
+        }
+    });
+    bus.run(&mut *rig.vcpu);
+    device.join().unwrap();
+    assert_eq!(bus.written(), [1, 0x30, 2]);
+}
+
+#[test]
+fn a_message_wakes_a_vcpu_that_halts() {
+    let Some((mut rig, _)) = real(&[0x40], halt_once) else { return };
+    let vm = rig.vm.clone();
+    let bus = Recorder::with_hook(move |_, value| {
+        if value == 1 {
+            let vm = vm.clone();
+            thread::spawn(move || {
+                thread::sleep(A_WHILE);
+                vm.local_apics().unwrap().deliver(Message { address: FIRST, data: 0x40 });
+            });
+        }
+    });
+    bus.run(&mut *rig.vcpu);
+    assert_eq!(bus.written(), [1, 0x40, 2]);
+    assert_eq!(rig.vcpu.state().unwrap().mp_state, MpState::Running);
+}
+
+#[test]
+fn an_nmi_comes_with_interrupts_off() {
+    let Some((mut rig, _)) = real(&[2], |a| {
+        a.cli().unwrap();
+        say(a, 1);
+        a.hlt().unwrap();
+        say(a, 3);
+        end(a);
+    }) else {
+        return;
+    };
+    let handle = rig.vcpu.handle();
+    let bus = Recorder::with_hook(move |_, value| {
+        if value == 1 {
+            let handle = handle.clone();
+            thread::spawn(move || {
+                thread::sleep(A_WHILE);
+                handle.nmi();
+            });
+        }
+    });
+    bus.run(&mut *rig.vcpu);
+    assert_eq!(bus.written(), [1, 2, 3]);
+}
+
+#[test]
+fn the_state_has_an_interrupt_that_was_acknowledged_but_did_not_arrive() {
+    let Some((mut rig, state)) = real(&[0x30], |a| {
+        say(a, 1);
+        say(a, 2);
+        end(a);
+    }) else {
+        return;
+    };
+    let mut state = VcpuState { rflags: state.rflags | 1 << 9, ..state };
+    rig.vcpu.set_state(&state).unwrap();
+    let bus = Recorder::with_hook(|bus, value| {
+        if value == 1 {
+            bus.offered.lock().unwrap().push_back(0x30);
+            // The vCPU leaves before the interrupt can arrive: this comes before it looks at kicks again.
+            bus.handle().kick();
+        }
+    });
+    bus.attend(&*rig.vcpu);
+    assert_eq!(rig.vcpu.run(&bus).unwrap(), Halt::Kicked);
+    state = rig.vcpu.state().unwrap();
+    let waits = usize::from(state.interrupt.is_none());
+    assert_eq!(bus.offered.lock().unwrap().len(), waits, "acknowledged is in the state, else it waits");
+    // In another vCPU it arrives.
+    let Some((mut other, _)) = real(&[0x30], |a| {
+        say(a, 1);
+        say(a, 2);
+        end(a);
+    }) else {
+        return;
+    };
+    other.vcpu.set_state(&state).unwrap();
+    bus.run(&mut *other.vcpu);
+    assert_eq!(bus.written(), [1, 0x30, 2]);
+}
+
+/// A program in long mode whose interrupts say their vector and end.
+fn long(vectors: &[u8], program: impl FnOnce(&mut CodeAssembler)) -> Option<Rig> {
+    let mut rig = Rig::new(&kvm()?);
+    let mut state = long_mode(&rig.ram, 0);
+    state.lapic = Some(rig.enabled_lapic());
+    rig.put(CODE, &assemble(64, CODE, program));
+    for &vector in vectors {
+        let at = HANDLERS + 0x20 * u64::from(vector);
+        let handler = assemble(64, at, |a| {
+            say(a, vector.into());
+            a.mov(ebx, EOI).unwrap();
+            a.mov(dword_ptr(rbx), 0).unwrap();
+            a.iretq().unwrap();
+        });
+        rig.put(at, &handler);
+        put_gate(&rig.ram, vector, at);
+    }
+    rig.vcpu.set_state(&state).unwrap();
+    Some(rig)
+}
+
+/// Sets pin 9 of the I/O APIC to a message and sends that.
+fn raise(vm: &dyn Vm, data: u32) {
+    let message = Message { address: FIRST, data };
+    let mut pins = vec![None; 24];
+    pins[9] = (data & TRIGGER_LEVEL != 0).then_some(message);
+    let apics = vm.local_apics().unwrap();
+    apics.set_pins(&pins);
+    apics.deliver(message);
+}
+
+#[test]
+fn the_end_of_a_level_triggered_interrupt_comes_back() {
+    let (level, edge) = (0x51, 0x61);
+    let Some(mut rig) = long(&[level, edge], |a| {
+        for number in [1, 2] {
+            a.cli().unwrap();
+            say(a, number);
+            a.sti().unwrap();
+            a.nop().unwrap();
+            a.nop().unwrap();
+        }
+        say(a, 3);
+        end(a);
+    }) else {
+        return;
+    };
+    let vm = rig.vm.clone();
+    let bus = Recorder::with_hook(move |_, value| match value {
+        1 => raise(&*vm, TRIGGER_LEVEL | u32::from(level)),
+        2 => raise(&*vm, edge.into()),
+        _ => {}
+    });
+    bus.run(&mut *rig.vcpu);
+    assert_eq!(bus.written(), [1, u64::from(level), 2, u64::from(edge), 3]);
+    assert_eq!(bus.ends(), [level]);
+}
+
+#[test]
+fn an_exception_that_cannot_be_delivered_is_a_triple_fault() {
+    let Some((mut rig, mut state)) = real(&[], |a| a.int3().unwrap()) else { return };
+    state.idtr.limit = 0;
+    rig.vcpu.set_state(&state).unwrap();
+    assert_eq!(rig.vcpu.run(&Recorder::default()).unwrap(), Halt::TripleFault);
+}
+
+#[test]
+fn a_start_up_ipi_starts_the_second_vcpu() {
+    let Some(engine) = kvm() else { return };
+    let rig = Rig::new(&engine);
+    rig.put(
+        HANDLERS,
+        &assemble(16, 0, |a| {
+            a.mov(ax, cs).unwrap();
+            a.out(PORT, ax).unwrap();
+            end(a);
+        }),
+    );
+    let ruse_engine::CpuidTable(table) = engine.supported_cpuid();
+    let mut waiting = VcpuState { mp_state: MpState::WaitForSipi, ..VcpuState::default() };
+    // First one that was told to wait, then one that waits already, as a snapshot would have it.
+    for with_init in [true, false] {
+        let id = if with_init { 1 } else { 2 };
+        let mut second = rig.vm.create_vcpu(id, ruse_engine::CpuidTable(table.clone())).unwrap();
+        second.set_state(&waiting).unwrap();
+        let handle = second.handle();
+        let starter = thread::spawn(move || {
+            thread::sleep(A_WHILE);
+            if with_init {
+                handle.init();
+                thread::sleep(A_WHILE);
+            }
+            handle.sipi((HANDLERS >> 12) as u8);
+        });
+        let bus = Recorder::default();
+        bus.run(&mut *second);
+        starter.join().unwrap();
+        assert_eq!(bus.written(), [HANDLERS >> 4]);
+        let state = second.state().unwrap();
+        assert_eq!((state.mp_state, state.seg[seg::CS].base), (MpState::Running, HANDLERS));
+        waiting.lapic = None;
+    }
+}

@@ -1,0 +1,244 @@
+//! What the tests of the engine share: a machine that remembers what the guest does, and guests in real and long mode.
+
+// Each program of tests uses a part of it.
+#![allow(dead_code)]
+
+use std::{
+    collections::VecDeque,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use iced_x86::code_asm::CodeAssembler;
+use ruse_arch::{
+    DescriptorTable, LapicState, Segment, VcpuState,
+    flags::{cr0, cr4, efer, rflags},
+    state::{reg, seg},
+};
+use ruse_engine::{Bus, Clock, Engine, Halt, MsrFault, Vcpu, VcpuHandle, Vm};
+use ruse_kvm::KvmEngine;
+use ruse_memory::GuestRam;
+use vm_memory::{Bytes, GuestAddress};
+
+/// Where programs begin.
+pub const CODE: u64 = 0x1000;
+/// Where stacks end.
+pub const STACK: u64 = 0x8000;
+/// A write to this port ends a program.
+pub const END: u16 = 0xf4;
+/// Writes to this port are remembered.
+pub const PORT: u32 = 0x10;
+
+/// The host's KVM. Where there is none, says so; with RUSE_NEED_KVM in the environment that is a failure.
+pub fn kvm() -> Option<KvmEngine> {
+    match KvmEngine::open() {
+        Ok(engine) => Some(engine),
+        Err(error) => {
+            assert!(std::env::var_os("RUSE_NEED_KVM").is_none(), "{error}");
+            println!("skipped: {error}");
+            None
+        }
+    }
+}
+
+type Hook = Box<dyn Fn(&Recorder, u64) + Send + Sync>;
+
+/// A machine whose ports and memory remember what was written to them. Ports read as their number, memory as its address.
+#[derive(Default)]
+pub struct Recorder {
+    written: Mutex<Vec<u64>>,
+    ends: Mutex<Vec<u8>>,
+    /// Vectors that the 8259s have.
+    pub offered: Mutex<VecDeque<u8>>,
+    ended: AtomicBool,
+    handle: Mutex<Option<Arc<dyn VcpuHandle>>>,
+    hook: Option<Hook>,
+}
+
+impl Recorder {
+    /// One that is told of each write after it is remembered.
+    pub fn with_hook(hook: impl Fn(&Recorder, u64) + Send + Sync + 'static) -> Self {
+        Self { hook: Some(Box::new(hook)), ..Self::default() }
+    }
+
+    /// Takes what was written.
+    pub fn written(&self) -> Vec<u64> {
+        std::mem::take(&mut *self.written.lock().unwrap())
+    }
+    /// Takes the vectors whose interrupts have ended.
+    pub fn ends(&self) -> Vec<u8> {
+        std::mem::take(&mut *self.ends.lock().unwrap())
+    }
+    /// Whether the program has ended.
+    pub fn has_ended(&self) -> bool {
+        self.ended.load(Ordering::SeqCst)
+    }
+    /// The handle of the vCPU that runs.
+    pub fn handle(&self) -> Arc<dyn VcpuHandle> {
+        self.handle.lock().unwrap().clone().expect("a vCPU runs")
+    }
+    /// This vCPU runs from now on.
+    pub fn attend(&self, vcpu: &dyn Vcpu) {
+        *self.handle.lock().unwrap() = Some(vcpu.handle());
+    }
+
+    /// Runs a vCPU until its program ends.
+    pub fn run(&self, vcpu: &mut dyn Vcpu) {
+        self.attend(vcpu);
+        while !self.has_ended() {
+            assert_eq!(vcpu.run(self).unwrap(), Halt::Kicked);
+        }
+    }
+
+    fn remember(&self, data: &[u8]) {
+        let mut bytes = [0; 8];
+        bytes[..data.len()].copy_from_slice(data);
+        let value = u64::from_le_bytes(bytes);
+        self.written.lock().unwrap().push(value);
+        if let Some(hook) = &self.hook {
+            hook(self, value);
+        }
+    }
+}
+
+impl Bus for Recorder {
+    fn pio_read(&self, _: u32, port: u16, data: &mut [u8]) {
+        data.copy_from_slice(&port.to_le_bytes().repeat(2)[..data.len()]);
+    }
+    fn pio_write(&self, _: u32, port: u16, data: &[u8]) {
+        if port == END {
+            self.ended.store(true, Ordering::SeqCst);
+            self.handle().kick();
+        } else {
+            self.remember(data);
+        }
+    }
+    fn mmio_read(&self, _: u32, gpa: u64, data: &mut [u8]) {
+        data.copy_from_slice(&gpa.to_le_bytes()[..data.len()]);
+    }
+    fn mmio_write(&self, _: u32, _: u64, data: &[u8]) {
+        self.remember(data);
+    }
+    fn interrupt_pending(&self, _: u32) -> bool {
+        !self.offered.lock().unwrap().is_empty()
+    }
+    fn acknowledge_interrupt(&self, _: u32) -> Option<u8> {
+        self.offered.lock().unwrap().pop_front()
+    }
+    fn cr8(&self, _: u32) -> u8 {
+        0
+    }
+    fn set_cr8(&self, _: u32, _: u8) {}
+    fn apic_msr(&self, _: u32, _: u32) -> Result<u64, MsrFault> {
+        Err(MsrFault)
+    }
+    fn set_apic_msr(&self, _: u32, _: u32, _: u64) -> Result<(), MsrFault> {
+        Err(MsrFault)
+    }
+    fn apic_init(&self, _: u32) {}
+    fn end_of_interrupt(&self, vector: u8) {
+        self.ends.lock().unwrap().push(vector);
+    }
+    fn x87_error(&self, _: u32) {}
+}
+
+/// RAM, a VM over it, and its first vCPU.
+pub struct Rig {
+    pub ram: GuestRam,
+    pub vm: Arc<dyn Vm>,
+    pub vcpu: Box<dyn Vcpu>,
+}
+
+impl Rig {
+    /// A machine with a megabyte of RAM.
+    pub fn new(engine: &dyn Engine) -> Self {
+        Self::over(engine, GuestRam::new(1 << 20).unwrap())
+    }
+
+    pub fn over(engine: &dyn Engine, ram: GuestRam) -> Self {
+        let vm = engine.create_vm(ram.clone(), Arc::new(Clock::start())).unwrap();
+        let vcpu = vm.create_vcpu(0, engine.supported_cpuid()).unwrap();
+        Self { ram, vm, vcpu }
+    }
+
+    /// Writes to RAM.
+    pub fn put(&self, at: u64, bytes: &[u8]) {
+        put(&self.ram, at, bytes);
+    }
+
+    /// The local APIC as the engine made it, but enabled by software (spurious-interrupt vector register, bit 8).
+    pub fn enabled_lapic(&mut self) -> LapicState {
+        let mut lapic = self.vcpu.state().unwrap().lapic.expect("a local APIC of the engine");
+        lapic.regs[0xf] |= 1 << 8;
+        lapic
+    }
+}
+
+pub fn put(ram: &GuestRam, at: u64, bytes: &[u8]) {
+    ram.memory().write_slice(bytes, GuestAddress(at)).unwrap();
+}
+
+/// Assembles a program for an address.
+pub fn assemble(bits: u32, at: u64, program: impl FnOnce(&mut CodeAssembler)) -> Vec<u8> {
+    let mut a = CodeAssembler::new(bits).unwrap();
+    program(&mut a);
+    a.assemble(at).unwrap()
+}
+
+/// A vCPU in real mode before [`CODE`].
+pub fn real_mode() -> VcpuState {
+    let mut state = VcpuState { rip: CODE, ..VcpuState::default() };
+    (state.seg[seg::CS].base, state.seg[seg::CS].selector) = (0, 0);
+    state.gpr[reg::RSP] = STACK;
+    state
+}
+
+const PML4: u64 = 0x1_0000;
+const PDPT: u64 = 0x1_1000;
+const GDT: u64 = 0x1_2000;
+const IDT: u64 = 0x1_3000;
+/// Selector of the kernel's code.
+const KERNEL_CODE: u16 = 8;
+
+/// A vCPU in long mode at this privilege before [`CODE`]. All addresses below four gigabytes are mapped to themselves;
+/// there is a GDT, and an IDT for [`put_gate`]. Ports are open to user code.
+pub fn long_mode(ram: &GuestRam, cpl: u16) -> VcpuState {
+    const PRESENT_WRITABLE_USER: u64 = 7;
+    const LARGE: u64 = 1 << 7;
+    put(ram, PML4, &(PDPT | PRESENT_WRITABLE_USER).to_le_bytes());
+    for gigabyte in 0..4 {
+        let entry = gigabyte << 30 | LARGE | PRESENT_WRITABLE_USER;
+        put(ram, PDPT + 8 * gigabyte, &entry.to_le_bytes());
+    }
+    put(ram, GDT + u64::from(KERNEL_CODE), &0x00af_9b00_0000_ffffu64.to_le_bytes());
+    let level = cpl << 5;
+    let data = Segment { base: 0, limit: u32::MAX, attr: 0xc093 | level, selector: 0x10 | cpl };
+    let mut state = VcpuState {
+        rip: CODE,
+        rflags: rflags::FIXED | rflags::IOPL,
+        cr0: cr0::PE | cr0::MP | cr0::ET | cr0::NE | cr0::PG,
+        cr3: PML4,
+        cr4: cr4::PAE | cr4::OSFXSR | cr4::OSXMMEXCPT | cr4::OSXSAVE,
+        efer: efer::LME | efer::LMA,
+        xcr0: 7,
+        gdtr: DescriptorTable { base: GDT, limit: 0xf },
+        idtr: DescriptorTable { base: IDT, limit: 0xfff },
+        seg: [data; 6],
+        ..VcpuState::default()
+    };
+    state.seg[seg::CS] =
+        Segment { base: 0, limit: u32::MAX, attr: 0xa09b | level, selector: KERNEL_CODE | cpl };
+    state.gpr[reg::RSP] = STACK;
+    state.fpu.fcw = 0x37f;
+    state
+}
+
+/// Makes `at` the handler of a vector in long mode (SDM volume 3, 6.14.1).
+pub fn put_gate(ram: &GuestRam, vector: u8, at: u64) {
+    const INTERRUPT_GATE: u64 = 0x8e00 << 32;
+    let low = at & 0xffff | u64::from(KERNEL_CODE) << 16 | INTERRUPT_GATE | (at & 0xffff_0000) << 32;
+    put(ram, IDT + 16 * u64::from(vector), &low.to_le_bytes());
+    put(ram, IDT + 16 * u64::from(vector) + 8, &(at >> 32).to_le_bytes());
+}
