@@ -1,4 +1,5 @@
-//! The local APIC (SDM volume 3, chapter 10), one for each CPU: xAPIC page, x2APIC MSRs, timer.
+//! The local APIC (SDM volume 3, chapter 10, which newer editions number 11), one for each CPU: xAPIC page, x2APIC MSRs,
+//! timer.
 //!
 //! What an access does outside of the chip (an EOI for the I/O APIC, an IPI) is returned as an [`Outcome`].
 
