@@ -85,6 +85,10 @@ impl ConsoleInput for Keyboard {
         }
         Ok(count > 0)
     }
+
+    fn has_keys(&self) -> bool {
+        self.escape.is_some()
+    }
 }
 
 impl Keyboard {

@@ -11,6 +11,10 @@ pub trait ConsoleInput: Send {
     /// Reads what there is, after [`ConsoleInput::fd`] has become readable. Bytes for the guest are put at the end of
     /// `to_guest`, none where the input took them for itself. `false` at the end of the input.
     fn read(&mut self, to_guest: &mut Vec<u8>) -> io::Result<bool>;
+    /// Whether some of the bytes are not for the guest. Such input is read even while the guest takes none.
+    fn has_keys(&self) -> bool {
+        false
+    }
 }
 
 /// Where the guest's bytes go.

@@ -23,6 +23,8 @@ use crate::threads::panic_text;
 
 /// A pipe that is writable takes so many bytes without a wait (PIPE_BUF).
 const WRITE_CHUNK: usize = 4096;
+/// Most input with keys in it that waits for the guest; what is typed then is lost.
+const INPUT_LIMIT: usize = 4096;
 /// Output that waits for the outside; with more the guest's transmitter fills up.
 const OUTPUT_LIMIT: usize = 16 * 1024;
 
@@ -172,10 +174,10 @@ impl IoThread {
     }
 
     fn wants_input(&self) -> bool {
-        self.input.is_empty() && self.console.input.is_some()
+        self.console.input.as_ref().is_some_and(|input| self.input.is_empty() || input.has_keys())
     }
 
-    /// Watches the input while there is nothing left of what it gave.
+    /// Watches the input while there is nothing left of what it gave, or something may come that is not for the guest.
     fn watch_input(&mut self) -> io::Result<()> {
         let wanted = self.wants_input();
         if let Some(input) = &self.console.input {
@@ -197,6 +199,9 @@ impl IoThread {
             }
         };
         self.input.extend(bytes);
+        if input.has_keys() {
+            self.input.truncate(INPUT_LIMIT);
+        }
         if !goes_on {
             if self.input_watch == Watch::On {
                 let _ = epoll::delete(&self.epoll, input.fd());
