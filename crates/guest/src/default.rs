@@ -24,6 +24,7 @@ const MANIFEST: &str = "current.json";
 pub struct DefaultGuest {
     dir: PathBuf,
     apt: AptCommands,
+    kernels: &'static [&'static str],
 }
 
 /// The files of a guest, ready to boot.
@@ -68,12 +69,20 @@ impl DefaultGuest {
 
     /// The guest in a directory, which is made where it is missing.
     pub fn in_dir(dir: impl Into<PathBuf>) -> DefaultGuest {
-        DefaultGuest { dir: dir.into().join("guest"), apt: AptCommands::default() }
+        let (dir, apt) = (dir.into().join("guest"), AptCommands::default());
+        DefaultGuest { dir, apt, kernels: KERNEL_PACKAGES }
     }
 
     /// Uses these programs in place of `apt-get` and `apt-cache`.
     pub fn with_apt(mut self, apt: AptCommands) -> DefaultGuest {
         self.apt = apt;
+        self
+    }
+
+    /// Takes the kernel of the first of these packages that apt knows. Guests with different kernels
+    /// need directories of their own.
+    pub fn with_kernel(mut self, packages: &'static [&'static str]) -> DefaultGuest {
+        self.kernels = packages;
         self
     }
 
@@ -169,7 +178,7 @@ impl DefaultGuest {
         let empty = dir.join("empty");
         cache::fresh_dir(&empty)?;
         let mut plan = Vec::new();
-        for name in [apt.resolve(KERNEL_PACKAGES, KERNEL_PREFIX)?, BUSYBOX_PACKAGE.to_owned()] {
+        for name in [apt.resolve(self.kernels, KERNEL_PREFIX)?, BUSYBOX_PACKAGE.to_owned()] {
             let file = apt.locate(&name, &empty)?;
             plan.push((name, file));
         }

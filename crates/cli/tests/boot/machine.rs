@@ -1,24 +1,31 @@
 //! The `ruse` program with a guest in it, seen from outside: its console, its messages, its end.
 
+use std::fs;
 use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
 use std::path::Path;
-use std::process::{Child, ChildStdin, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use crate::terminal::Terminal;
+
 /// The longest that any step of a guest may take. Hosts of continuous integration are slow, and shared.
-pub const PATIENCE: Duration = Duration::from_secs(120);
+pub const PATIENCE: Duration = Duration::from_secs(240);
+/// How often the program is asked whether it has ended.
+const POLL: Duration = Duration::from_millis(5);
 
 /// A running guest. Dropped, it is ended.
 pub struct Machine {
     child: Child,
-    keyboard: Option<ChildStdin>,
+    keyboard: Box<dyn Write>,
     output: Receiver<Vec<u8>>,
     messages: Option<JoinHandle<String>>,
     console: String,
     /// How much of the console [`Machine::expect`] has passed.
     seen: usize,
+    terminal: Option<Terminal>,
 }
 
 /// A guest that has ended.
@@ -33,21 +40,32 @@ pub struct Ended {
 }
 
 impl Machine {
-    /// Starts `ruse run` with these words.
+    /// Starts `ruse run` with these words, its console on pipes.
     pub fn start(words: &[&str]) -> Self {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_ruse"))
-            .arg("run")
-            .args(words)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .expect("the program starts");
+        let mut child = spawn(words, Stdio::piped(), Stdio::piped());
+        let (stdin, stdout) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
+        Self::watch(child, Box::new(stdin), stdout, None)
+    }
+
+    /// Starts `ruse run` with these words on a terminal of its own.
+    pub fn on_terminal(words: &[&str]) -> Self {
+        let terminal = Terminal::open();
+        let end = |fd: OwnedFd| Stdio::from(fd);
+        let child = spawn(words, end(terminal.program_end()), end(terminal.program_end()));
+        let (keyboard, screen) = (terminal.user_end(), terminal.user_end());
+        Self::watch(child, Box::new(keyboard), screen, Some(terminal))
+    }
+
+    fn watch(
+        mut child: Child,
+        keyboard: Box<dyn Write>,
+        mut screen: impl Read + Send + 'static,
+        terminal: Option<Terminal>,
+    ) -> Self {
         let (sender, output) = channel();
-        let mut stdout = child.stdout.take().unwrap();
         thread::spawn(move || {
             let mut bytes = [0; 4096];
-            while let Ok(count @ 1..) = stdout.read(&mut bytes) {
+            while let Ok(count @ 1..) = screen.read(&mut bytes) {
                 if sender.send(bytes[..count].to_vec()).is_err() {
                     break;
                 }
@@ -59,54 +77,86 @@ impl Machine {
             let _ = stderr.read_to_end(&mut bytes);
             String::from_utf8_lossy(&bytes).into_owned()
         });
-        let keyboard = child.stdin.take();
-        Self { child, keyboard, output, messages: Some(messages), console: String::new(), seen: 0 }
+        let (messages, console) = (Some(messages), String::new());
+        Self { child, keyboard, output, messages, console, seen: 0, terminal }
     }
 
     /// Types on the guest's console.
     pub fn type_in(&mut self, text: &str) {
-        let keyboard = self.keyboard.as_mut().expect("the keyboard is there");
-        keyboard.write_all(text.as_bytes()).and_then(|()| keyboard.flush()).expect("the guest takes input");
+        self.keyboard
+            .write_all(text.as_bytes())
+            .and_then(|()| self.keyboard.flush())
+            .expect("the guest takes input");
     }
 
     /// Waits until the guest has printed `text` after what was expected before.
+    #[track_caller]
     pub fn expect(&mut self, text: &str) {
         let deadline = Instant::now() + PATIENCE;
-        loop {
-            if let Some(at) = self.console[self.seen..].find(text) {
-                self.seen += at + text.len();
-                return;
-            }
+        while !self.has_printed(text) {
             if let Err(error) = self.read(deadline) {
                 panic!("no {text:?} ({error:?}); the console:\n{}", self.console);
             }
         }
     }
 
-    /// The process.
-    pub fn id(&self) -> u32 {
-        self.child.id()
+    /// Fails the test if the guest prints `text` within a time.
+    #[track_caller]
+    pub fn expect_not(&mut self, text: &str, time: Duration) {
+        let deadline = Instant::now() + time;
+        while self.read(deadline).is_ok() {}
+        assert!(!self.has_printed(text), "{text:?} came; the console:\n{}", self.console);
     }
 
-    /// Asks the program to end as a terminal would.
-    pub fn interrupt(&self) {
-        let status = Command::new("kill").args(["-INT", &self.id().to_string()]).status();
+    fn has_printed(&mut self, text: &str) -> bool {
+        let found = self.console[self.seen..].find(text);
+        self.seen += found.map_or(0, |at| at + text.len());
+        found.is_some()
+    }
+
+    /// The terminal, of a machine that has one.
+    pub fn terminal(&self) -> &Terminal {
+        self.terminal.as_ref().expect("it was started on a terminal")
+    }
+
+    /// The processor time that the program has used.
+    pub fn cpu_time(&self) -> Duration {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.child.id())).expect("the program runs");
+        // Behind the name in parentheses: times in user and in system mode are fields 14 and 15 (proc(5)).
+        let fields: Vec<_> = stat.rsplit_once(')').unwrap().1.split_whitespace().collect();
+        let ticks: u64 = fields[11..13].iter().map(|ticks| ticks.parse::<u64>().unwrap()).sum();
+        Duration::from_secs_f64(ticks as f64 / rustix::param::clock_ticks_per_second() as f64)
+    }
+
+    /// Sends the program a signal: `INT`, `TERM`.
+    pub fn signal(&self, name: &str) {
+        let status = Command::new("kill").args(["-s", name, &self.child.id().to_string()]).status();
         assert!(status.expect("kill runs").success());
     }
 
-    /// Waits for the end of the program.
+    /// Waits for the end of the program. A terminal has to be as it was before.
+    #[track_caller]
     pub fn end(mut self) -> Ended {
+        let status = self.wait();
+        if let Some(terminal) = self.terminal.take() {
+            assert_eq!(terminal.mode(), terminal.mode_before, "the terminal is as it was");
+        }
+        // Nobody holds the other end of the pipe or the terminal any more.
+        while self.read(Instant::now() + PATIENCE).is_ok() {}
+        let messages = self.messages.take().unwrap().join().unwrap();
+        Ended { code: status.code(), console: std::mem::take(&mut self.console), messages }
+    }
+
+    fn wait(&mut self) -> ExitStatus {
         let deadline = Instant::now() + PATIENCE;
         loop {
-            match self.read(deadline) {
-                Ok(()) => {}
-                Err(RecvTimeoutError::Disconnected) => break,
-                Err(RecvTimeoutError::Timeout) => panic!("it does not end; the console:\n{}", self.console),
+            // A program whose output nobody takes would not end.
+            while self.read(Instant::now() + POLL).is_ok() {}
+            if let Some(status) = self.child.try_wait().expect("the program can be waited for") {
+                return status;
             }
+            assert!(Instant::now() < deadline, "it does not end; the console:\n{}", self.console);
         }
-        let code = self.child.wait().expect("the program can be waited for").code();
-        let messages = self.messages.take().unwrap().join().unwrap();
-        Ended { code, console: std::mem::take(&mut self.console), messages }
     }
 
     fn read(&mut self, deadline: Instant) -> Result<(), RecvTimeoutError> {
@@ -115,6 +165,17 @@ impl Machine {
         self.console += &String::from_utf8_lossy(&bytes).replace('\r', "");
         Ok(())
     }
+}
+
+fn spawn(words: &[&str], stdin: Stdio, stdout: Stdio) -> Child {
+    Command::new(env!("CARGO_BIN_EXE_ruse"))
+        .arg("run")
+        .args(words)
+        .stdin(stdin)
+        .stdout(stdout)
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("the program starts")
 }
 
 impl Drop for Machine {

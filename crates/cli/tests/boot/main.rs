@@ -1,4 +1,9 @@
 //! Real guests under the `ruse` program, judged by what they print and how they end.
 
+mod bare;
 mod linux;
+mod log;
 mod machine;
+mod modes;
+mod terminal;
+mod vmlinux;
