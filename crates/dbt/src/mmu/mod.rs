@@ -2,6 +2,8 @@
 //! flushes as the guest asks for them.
 
 pub mod access;
+#[cfg(test)]
+mod tests;
 pub mod tlb;
 pub mod watch;
 mod zeroed;
@@ -67,7 +69,7 @@ pub struct Mmu {
     view: usize,
     tick: u64,
     kernel_generation: u32,
-    /// Kernel mappings with code are all global, so that they outlive a change of CR3.
+    /// Mappings with code in the kernel half are all global, so that all address spaces have the same.
     kernel_code_global: bool,
     /// Fills made, for the counters.
     pub fills: u64,
@@ -107,7 +109,7 @@ impl Mmu {
     }
     /// Generation of the executable mappings of the kernel half.
     pub fn kernel_generation(&self) -> u32 {
-        self.kernel_generation
+        if self.kernel_code_global { self.kernel_generation } else { self.user_generation() }
     }
 
     /// Chooses the view for a privilege; returns what generated code probes.
@@ -127,9 +129,13 @@ impl Mmu {
         self.jump_view().set_jump_mode(mode);
     }
 
-    /// Fetches do not look at AC: both kernel views share a jump cache.
     fn jump_view(&mut self) -> &mut View {
-        self.view_mut(if self.view == USER { USER } else { KERNEL })
+        self.jump_view_of(self.view == USER)
+    }
+
+    /// Fetches do not look at AC: both kernel views share a jump cache.
+    fn jump_view_of(&mut self, user: bool) -> &mut View {
+        self.view_mut(if user { USER } else { KERNEL })
     }
 
     /// The view in force.
@@ -156,6 +162,8 @@ impl Mmu {
             }
             let oldest = (0..SPACES).min_by_key(|&i| self.spaces[i].used).expect("not empty");
             self.flush_space(oldest, false);
+            // Others may use links to code that only this one knew to be mapped.
+            self.kernel_generation = next_generation();
             self.spaces[oldest].pcid = pcid;
             oldest
         });
@@ -165,15 +173,16 @@ impl Mmu {
     /// MOV to CR3 without the no-flush bit: what is not global goes (SDM volume 3, 4.10.4.1). Call after
     /// [`Mmu::set_space`].
     pub fn flush_current(&mut self, keep_global: bool) {
-        if !keep_global || !self.kernel_code_global {
-            self.bump_kernel();
+        if !keep_global {
+            self.kernel_generation = next_generation();
         }
         self.flush_space(self.current, keep_global);
     }
 
     /// Everything goes, in all address spaces, global or not.
     pub fn flush_all(&mut self) {
-        self.bump_kernel();
+        self.kernel_generation = next_generation();
+        self.kernel_code_global = true;
         for i in 0..self.spaces.len() {
             self.flush_space(i, false);
         }
@@ -181,9 +190,6 @@ impl Mmu {
 
     /// Everything that is not global goes, in all address spaces (INVPCID type 3).
     pub fn flush_all_non_global(&mut self) {
-        if !self.kernel_code_global {
-            self.bump_kernel();
-        }
         for i in 0..self.spaces.len() {
             self.flush_space(i, true);
         }
@@ -192,9 +198,6 @@ impl Mmu {
     /// Everything of one process-context identifier goes that is not global (INVPCID type 1).
     pub fn flush_pcid(&mut self, pcid: u16) {
         if let Some(i) = self.spaces.iter().position(|s| s.pcid == pcid) {
-            if !self.kernel_code_global {
-                self.bump_kernel();
-            }
             self.flush_space(i, true);
         }
     }
@@ -213,7 +216,7 @@ impl Mmu {
             code |= here;
         }
         if code && va >> 63 != 0 {
-            self.bump_kernel();
+            self.kernel_generation = next_generation();
         }
     }
 
@@ -276,8 +279,9 @@ impl Mmu {
         let may_write = found.dirty && found.allows(mode, Access::Write, who);
         let write = may_write && self.code.allow_writes(found.gpa, self.id);
         let exec = access == Access::Fetch;
-        if exec && !found.global && va >> 63 != 0 {
-            self.kernel_code_global = false;
+        if exec {
+            self.jump_view_of(who.user).note_code(va, found.page_shift, found.global);
+            self.kernel_code_global &= found.global || va >> 63 == 0;
         }
         let fill = Fill { read, write, exec, global: found.global, page_shift: found.page_shift };
         self.fills += 1;
@@ -307,11 +311,6 @@ impl Mmu {
             self.flushes += 1;
             view.flush(keep_global);
         }
-    }
-
-    fn bump_kernel(&mut self) {
-        self.kernel_generation = next_generation();
-        self.kernel_code_global = true;
     }
 }
 

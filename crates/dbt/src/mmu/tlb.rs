@@ -4,7 +4,7 @@
 //! hits if the difference is at most `4096 - size`: one comparison finds the wrong page, missing rights and an access
 //! that leaves the page. The host address is then the difference plus `host`.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 use ruse_arch::paging::Access;
 
@@ -85,8 +85,26 @@ pub struct View {
     jump_journal: Vec<u16>,
     /// What the jump cache's code was translated for.
     jump_mode: u32,
-    exec_pages: HashSet<u64>,
-    has_large: bool,
+    /// Pages of any size from which code was fetched by users of this jump cache. An entry of the TLB may have gone long
+    /// before: what jumps there stays.
+    code: HashMap<u64, CodePage>,
+    /// Large pages that entries were made from.
+    large: HashSet<u64>,
+}
+
+/// With which kinds of mappings code was fetched from a page.
+#[derive(Clone, Copy, Default)]
+struct CodePage {
+    global: bool,
+    local: bool,
+}
+
+/// Sizes of pages, as powers of two (SDM volume 3, table 4-1).
+const SHIFTS: [u32; 4] = [12, 21, 22, 30];
+
+/// A page of a size, for tables of pages.
+fn page_key(va: u64, shift: u32) -> u64 {
+    va >> shift << shift | u64::from(shift)
 }
 
 /// A tag that no address with this index matches.
@@ -117,8 +135,8 @@ impl View {
             jumps,
             jump_journal: Vec::new(),
             jump_mode: 0,
-            exec_pages: HashSet::new(),
-            has_large: false,
+            code: HashMap::new(),
+            large: HashSet::new(),
         })
     }
 
@@ -144,14 +162,15 @@ impl View {
         (offset <= PAGE - size).then(|| (entry.host + offset) as *mut u8)
     }
 
-    /// Enters a translation; rights that the entry already has for the same page stay.
+    /// Enters a translation; rights that the entry already has from the same mapping stay.
     pub fn fill(&mut self, va: u64, host: u64, fill: Fill) {
         let i = index(va);
         let page = va & !(PAGE - 1);
         let none = never(i);
-        let entry = &mut self.entries[i];
-        let same = entry.host == host && [entry.read, entry.write, entry.exec].contains(&page);
-        if !same {
+        let (entry, meta) = (&mut self.entries[i], &mut self.meta[i]);
+        let large = if fill.page_shift > 12 { fill.page_shift as u8 } else { 0 };
+        let same_page = entry.host == host && [entry.read, entry.write, entry.exec].contains(&page);
+        if !same_page || meta.global != fill.global || meta.large != large {
             *entry = Entry { read: none, write: none, exec: none, host };
         }
         if fill.read {
@@ -162,15 +181,21 @@ impl View {
         }
         if fill.exec {
             entry.exec = page;
-            self.exec_pages.insert(page);
         }
-        let meta = &mut self.meta[i];
         if !meta.used {
             self.journal.push(i as u16);
         }
-        let large = if fill.page_shift > 12 { fill.page_shift as u8 } else { 0 };
         *meta = Meta { global: fill.global, large, used: true };
-        self.has_large |= large != 0;
+        if large != 0 {
+            self.large.insert(page_key(va, fill.page_shift));
+        }
+    }
+
+    /// Code is fetched from the page of `va`.
+    pub fn note_code(&mut self, va: u64, page_shift: u32, global: bool) {
+        let page = self.code.entry(page_key(va, page_shift)).or_default();
+        page.global |= global;
+        page.local |= !global;
     }
 
     /// Enters a translation of code into the jump cache.
@@ -212,50 +237,48 @@ impl View {
             false
         });
         if !keep_global {
-            self.has_large = false;
-            self.exec_pages.clear();
+            self.large.clear();
+            self.code.clear();
             self.flush_jumps();
             return;
         }
         // Kernel code is global as a rule; what was mapped only for one address space is dropped with its jumps.
-        let before = self.exec_pages.len();
-        let (entries, meta) = (&self.entries, &self.meta);
-        self.exec_pages.retain(|&page| {
-            let i = index(page);
-            entries[i].exec == page && meta[i].global
-        });
-        if self.exec_pages.len() != before {
+        if self.code.values().any(|page| page.local) {
             self.flush_jumps();
+            self.code.retain(|_, page| {
+                page.local = false;
+                page.global
+            });
         }
     }
 
     /// Drops the page of `va` (the whole of it if large). Says whether code had been fetched from it.
     pub fn flush_page(&mut self, va: u64) -> bool {
         let page = va & !(PAGE - 1);
-        if self.has_large {
-            self.flush_large(va);
-        }
         self.drop_index_if(index(va), |entry, _| [entry.read, entry.write, entry.exec].contains(&page));
-        let had_code = self.exec_pages.remove(&page);
+        let mut had_code = false;
+        for shift in SHIFTS {
+            let key = page_key(va, shift);
+            had_code |= self.code.remove(&key).is_some();
+            if self.large.remove(&key) {
+                self.flush_large(va, shift);
+            }
+        }
         if had_code {
             self.flush_jumps();
         }
         had_code
     }
 
-    fn flush_large(&mut self, va: u64) {
+    fn flush_large(&mut self, va: u64, shift: u32) {
         let hits: Vec<usize> = (self.journal.iter().map(|&i| i as usize))
             .filter(|&i| {
-                let (entry, shift) = (&self.entries[i], self.meta[i].large);
+                let entry = &self.entries[i];
                 let page = [entry.read, entry.write, entry.exec].into_iter().find(|&t| t != never(i));
-                shift != 0 && page.is_some_and(|p| p >> shift == va >> shift)
+                u32::from(self.meta[i].large) == shift && page.is_some_and(|p| p >> shift == va >> shift)
             })
             .collect();
         for i in hits {
-            let exec = self.entries[i].exec;
-            if exec != never(i) && self.exec_pages.remove(&exec) {
-                self.flush_jumps();
-            }
             self.drop_index_if(i, |_, _| true);
         }
     }
@@ -337,5 +360,25 @@ mod tests {
         view.flush_page(0x20_0000);
         assert!(view.lookup(0x20_1000, 1, Access::Read).is_none());
         assert!(view.lookup(0x40_1000, 1, Access::Read).is_some());
+    }
+
+    #[test]
+    fn rights_of_an_old_mapping_do_not_outlive_it_under_a_global_one() {
+        let mut view = View::new().unwrap();
+        view.fill(0x1000, 0x7000, Fill { write: true, ..FILL });
+        view.fill(0x1000, 0x7000, Fill { global: true, ..FILL });
+        view.flush(true);
+        assert!(view.lookup(0x1000, 1, Access::Read).is_some());
+        assert!(view.lookup(0x1000, 1, Access::Write).is_none());
+    }
+
+    #[test]
+    fn code_on_a_large_page_is_known_by_each_of_its_addresses() {
+        let mut view = View::new().unwrap();
+        view.note_code(0x20_1000, 21, true);
+        view.flush(true);
+        assert!(!view.flush_page(0x40_0000));
+        assert!(view.flush_page(0x3f_f000));
+        assert!(!view.flush_page(0x20_1000));
     }
 }
