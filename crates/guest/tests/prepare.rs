@@ -114,6 +114,16 @@ fn the_guest_is_prepared_once() {
 }
 
 #[test]
+fn another_kernel_can_be_asked_for() {
+    let archive = Archive::new();
+    let guest = archive.guest().with_kernel(&["linux-image-other", "linux-image-third"]);
+    assert_eq!(read(&guest.prepare(&mut Silent).unwrap().kernel), [5; 9000]);
+    let calls = fs::read_to_string(archive.path("calls")).unwrap();
+    let asked: Vec<_> = calls.lines().filter_map(|call| call.split_once(" depends ")).collect();
+    assert_eq!(asked.iter().map(|(_, package)| *package).collect::<Vec<_>>(), ["linux-image-other"]);
+}
+
+#[test]
 fn a_lost_initramfs_is_written_again_without_apt() {
     let archive = Archive::new();
     let files = archive.prepare().unwrap();

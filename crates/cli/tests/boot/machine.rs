@@ -169,7 +169,7 @@ impl Machine {
 
 fn spawn(words: &[&str], stdin: Stdio, stdout: Stdio) -> Child {
     Command::new(env!("CARGO_BIN_EXE_ruse"))
-        .arg("run")
+        .args(["run", "--accel", "dbt"])
         .args(words)
         .stdin(stdin)
         .stdout(stdout)
