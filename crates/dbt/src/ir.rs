@@ -81,6 +81,17 @@ pub enum Op {
     CallTo(Value),
     /// Pops the return address, drops that many bytes more, and leaves.
     Return(u16),
+    /// Reads the selector of a segment register, by index, into a general register of so many bytes.
+    ReadSelector {
+        /// Segment register.
+        segment: u8,
+        /// General register.
+        to: u8,
+        /// Bytes that are written; 4 and 8 clear the rest.
+        size: u8,
+    },
+    /// Tier 0 executes this instruction, and the region goes on.
+    Step,
     /// Leaves to tier 0, which executes this instruction.
     Interpret,
 }
@@ -106,6 +117,7 @@ impl Op {
             | Op::EnableInterrupts
             | Op::UserAccess(_)
             | Op::TimeStamp
+            | Op::Step
             | Op::Call { .. }
             | Op::JumpTo(_)
             | Op::CallTo(_)

@@ -40,7 +40,8 @@ impl SingleStepper {
     pub fn step(&mut self, state: &VcpuState, bus: &dyn Bus) -> Step {
         self.cpu.load_state(state);
         let (instruction, ok) = self.cpu.with_bus(bus, |cpu| {
-            let instruction = tier0::decode(cpu).ok().map(|insn| format!("{:?}", insn.i.mnemonic()).to_lowercase());
+            let instruction =
+                tier0::decode(cpu).ok().map(|insn| format!("{:?}", insn.i.mnemonic()).to_lowercase());
             let ok = match tier0::step(cpu) {
                 Ok(()) => true,
                 Err(fault) => interrupt::deliver(cpu, Event::Exception(fault)).is_ok(),

@@ -7,7 +7,7 @@ use iced_x86::{
 
 use crate::{
     ir::{ACCESS_SIZES, MemUse, Node, Op, Region, Value},
-    tier0::operand::gpr_index,
+    tier0::operand::{gpr_index, segment_index},
 };
 
 /// The six arithmetic flags in iced's notation.
@@ -50,12 +50,14 @@ pub struct Lifter {
     info: InstructionInfoFactory,
     /// Whether the guest has the features of an instruction.
     allowed: Box<dyn Fn(&Instruction) -> bool + Send>,
+    steps: bool,
 }
 
 impl Lifter {
-    /// A lifter that leaves instructions for which `allowed` says no to tier 0.
-    pub fn new(allowed: Box<dyn Fn(&Instruction) -> bool + Send>) -> Self {
-        Self { info: InstructionInfoFactory::new(), allowed }
+    /// A lifter that leaves instructions for which `allowed` says no to tier 0. `steps`: regions may go on behind
+    /// instructions that tier 0 executes.
+    pub fn new(allowed: Box<dyn Fn(&Instruction) -> bool + Send>, steps: bool) -> Self {
+        Self { info: InstructionInfoFactory::new(), allowed, steps }
     }
 
     /// Lifts the region that begins at linear address `start`. `page` is the code page's content from `start` to its
@@ -104,7 +106,7 @@ impl Lifter {
         let x87 = is_x87(&insn) && matches!(op, Op::Host(_));
         let vector = is_vector(&insn) && matches!(op, Op::Host(_));
         let (reads, kills, writes) = match op {
-            Op::Interpret | Op::PushFlags => (ARITH, 0, false),
+            Op::Interpret | Op::PushFlags | Op::Step => (ARITH, 0, false),
             Op::Nop => (0, 0, false),
             _ => {
                 let modified = insn.rflags_modified() & ARITH;
@@ -148,7 +150,7 @@ impl Lifter {
             return op;
         }
         if must_interpret(i) || !unit_available(i, mode) {
-            return Op::Interpret;
+            return if self.steps && may_step(i) { Op::Step } else { Op::Interpret };
         }
         let Some(memory) = (0..i.op_count()).find(|&op| i.op_kind(op) == OpKind::Memory) else {
             return Op::Host(None);
@@ -206,12 +208,55 @@ fn special(i: &Instruction, mode: CodeMode) -> Option<Op> {
         Code::Clac if mode.kernel => Op::UserAccess(false),
         Code::Rdtsc if mode.tsc => Op::TimeStamp,
         Code::Swapgs if mode.kernel => Op::SwapGs,
+        Code::Mov_r32m16_Sreg | Code::Mov_r64m16_Sreg | Code::Mov_rm16_Sreg
+            if i.op0_kind() == OpKind::Register =>
+        {
+            Op::ReadSelector {
+                segment: segment_index(i.op1_register()) as u8,
+                to: gpr_index(i.op0_register())? as u8,
+                size: i.op0_register().size() as u8,
+            }
+        }
         Code::Lea_r64_m | Code::Lea_r32_m => Op::Address,
         Code::Lea_r16_m => Op::Interpret,
         Code::Endbr64 | Code::Nopd | Code::Nopw | Code::Nopq => Op::Nop,
         Code::Nop_rm16 | Code::Nop_rm32 | Code::Nop_rm64 => Op::Nop,
         _ => return None,
     })
+}
+
+/// A bit test whose register operand reaches beyond the memory operand.
+fn is_bit_string(i: &Instruction) -> bool {
+    matches!(i.mnemonic(), Mnemonic::Bt | Mnemonic::Bts | Mnemonic::Btr | Mnemonic::Btc)
+        && i.op0_kind() == OpKind::Memory
+        && i.op1_kind() == OpKind::Register
+}
+
+/// Of the instructions that tier 0 executes, those that change nothing that the rest of a region relies on: neither the
+/// mode, nor paging, nor whether interrupts are taken.
+fn may_step(i: &Instruction) -> bool {
+    use Mnemonic as M;
+    i.is_string_instruction()
+        || is_bit_string(i)
+        || i.is_save_restore_instruction()
+        || matches!(
+            i.mnemonic(),
+            M::In
+                | M::Out
+                | M::Cld
+                | M::Std
+                | M::Cpuid
+                | M::Rdtsc
+                | M::Rdtscp
+                | M::Rdpid
+                | M::Rdrand
+                | M::Rdseed
+                | M::Rdfsbase
+                | M::Rdgsbase
+                | M::Wrfsbase
+                | M::Wrgsbase
+                | M::Xgetbv
+        )
 }
 
 /// Instructions that must not run on the host as they are, or that the backend has no way to rewrite.
@@ -251,9 +296,6 @@ fn must_interpret(i: &Instruction) -> bool {
     if odd_operand || i.is_vsib() || i.has_xacquire_prefix() || i.has_xrelease_prefix() {
         return true;
     }
-    let bit_string = matches!(i.mnemonic(), M::Bt | M::Bts | M::Btr | M::Btc)
-        && i.op0_kind() == OpKind::Memory
-        && i.op1_kind() == OpKind::Register;
     let moffs = matches!(
         i.code(),
         Code::Mov_AL_moffs8
@@ -265,7 +307,7 @@ fn must_interpret(i: &Instruction) -> bool {
             | Code::Mov_moffs32_EAX
             | Code::Mov_moffs64_RAX
     );
-    bit_string
+    is_bit_string(i)
         || moffs
         || matches!(
             i.mnemonic(),
@@ -454,7 +496,7 @@ mod tests {
     const KERNEL: CodeMode = CodeMode { kernel: true, x87: true, sse: true, avx: true, tsc: true };
 
     fn lift(code: &[u8]) -> Region {
-        Lifter::new(Box::new(|_| true)).lift(0x1000, code, KERNEL).unwrap()
+        Lifter::new(Box::new(|_| true), true).lift(0x1000, code, KERNEL).unwrap()
     }
 
     #[test]
@@ -474,16 +516,16 @@ mod tests {
 
     #[test]
     fn dangerous_instructions_are_left_to_tier_0() {
-        let codes: [&[u8]; 6] = [
-            &[0x0f, 0xa2],                   // cpuid
-            &[0xf3, 0x48, 0x0f, 0xae, 0xd8], // wrgsbase rax
-            &[0x0f, 0x05],                   // syscall
-            &[0xf3, 0xa4],                   // rep movsb
-            &[0x8e, 0xe8],                   // mov gs, eax
-            &[0x0f, 0x22, 0xd8],             // mov cr3, rax
+        let codes: [(&[u8], Op); 6] = [
+            (&[0x0f, 0xa2], Op::Step),                   // cpuid
+            (&[0xf3, 0x48, 0x0f, 0xae, 0xd8], Op::Step), // wrgsbase rax
+            (&[0x0f, 0x05], Op::Interpret),              // syscall
+            (&[0xf3, 0xa4], Op::Step),                   // rep movsb
+            (&[0x8e, 0xe8], Op::Interpret),              // mov gs, eax
+            (&[0x0f, 0x22, 0xd8], Op::Interpret),        // mov cr3, rax
         ];
-        for code in codes {
-            assert_eq!(lift(code).nodes[0].op, Op::Interpret, "{code:x?}");
+        for (code, op) in codes {
+            assert_eq!(lift(code).nodes[0].op, op, "{code:x?}");
         }
     }
 
@@ -499,6 +541,6 @@ mod tests {
 
     #[test]
     fn an_instruction_that_leaves_the_page_is_not_lifted() {
-        assert!(Lifter::new(Box::new(|_| true)).lift(0x1ffe, &[0x48, 0x8b], KERNEL).is_none());
+        assert!(Lifter::new(Box::new(|_| true), true).lift(0x1ffe, &[0x48, 0x8b], KERNEL).is_none());
     }
 }

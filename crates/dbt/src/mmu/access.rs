@@ -264,3 +264,16 @@ pub(crate) fn store(host: *mut u8, bytes: &[u8]) {
         }
     }
 }
+
+/// Copies within guest RAM, as if the source were read before anything is written.
+pub(crate) fn copy(from: *const u8, to: *mut u8, len: usize) {
+    // SAFETY: the caller has translated both ranges, which lie in mapped guest RAM. Races with other CPUs give the guest
+    // what the race gives.
+    unsafe { std::ptr::copy(from, to, len) }
+}
+
+/// Fills guest RAM.
+pub(crate) fn fill(to: *mut u8, byte: u8, len: usize) {
+    // SAFETY: the caller has translated the range for writing, so that it lies in mapped guest RAM.
+    unsafe { std::ptr::write_bytes(to, byte, len) }
+}

@@ -6,6 +6,7 @@ pub mod access;
 mod tests;
 pub mod tlb;
 pub mod watch;
+mod writers;
 mod zeroed;
 
 use std::sync::{
@@ -22,6 +23,7 @@ use ruse_memory::{GuestRam, RamRegion};
 use self::{
     tlb::{Entry, Fill, Jump, View},
     watch::CodeMap,
+    writers::{Place, Writer, Writers},
 };
 
 /// Address spaces whose translations are kept at the same time (Linux uses six process-context identifiers).
@@ -34,6 +36,9 @@ fn next_generation() -> u32 {
     GENERATION.fetch_add(1, Ordering::Relaxed)
 }
 
+/// Views of an address space.
+const VIEWS: usize = 3;
+
 /// The views of one address space.
 struct Space {
     /// Process-context identifier; 0 without CR4.PCIDE.
@@ -42,8 +47,11 @@ struct Space {
     used: u64,
     generation: u32,
     /// By [`view_index`]; made when first needed.
-    views: [Option<Box<View>>; 3],
+    views: [Option<Box<View>>; VIEWS],
 }
+
+/// As with every allocation: without memory there is no way on.
+const NO_MEMORY: &str = "the host has memory for tables of the MMU";
 
 const USER: usize = 0;
 const KERNEL: usize = 1;
@@ -71,6 +79,8 @@ pub struct Mmu {
     kernel_generation: u32,
     /// Mappings with code in the kernel half are all global, so that all address spaces have the same.
     kernel_code_global: bool,
+    /// Entries of this vCPU that may write, by page.
+    writers: Writers,
     /// Fills made, for the counters.
     pub fills: u64,
     /// Flushes of views made, for the counters.
@@ -80,8 +90,11 @@ pub struct Mmu {
 impl Mmu {
     /// The MMU of vCPU `id` over `ram`.
     pub fn new(ram: GuestRam, code: Arc<CodeMap>, id: u32) -> Self {
+        let regions = ram.regions().to_vec();
+        let writers = Writers::new(regions.iter().map(|r| (r.gpa, r.size))).expect(NO_MEMORY);
         let mut mmu = Self {
-            regions: ram.regions().to_vec(),
+            regions,
+            writers,
             ram,
             code,
             id,
@@ -222,10 +235,17 @@ impl Mmu {
 
     /// Other vCPUs or this one must not write directly to the page any more.
     pub fn drop_writers(&mut self, gpa: u64) {
-        let Some(host) = self.host_page(gpa) else { return };
-        for view in self.all_views() {
-            view.drop_writers(host as u64);
+        let Some(host) = self.host_page(gpa).map(|host| host as u64) else { return };
+        match self.writers.get(gpa) {
+            Writer::None => {}
+            Writer::One(at) => {
+                if let Some(view) = self.view_at(at.view) {
+                    view.drop_writer(at.index, host);
+                }
+            }
+            Writer::Many => self.all_views().for_each(|view| view.drop_writers(host)),
         }
+        self.writers.set(gpa, Writer::None);
     }
 
     /// Empties all jump caches (translations went away).
@@ -285,10 +305,33 @@ impl Mmu {
         }
         let fill = Fill { read, write, exec, global: found.global, page_shift: found.page_shift };
         self.fills += 1;
-        let view = self.view_mut(view_index(who.user, mode.cr4 & cr4::SMAP == 0 || who.ac));
-        view.fill(va, page as u64, fill);
+        let number = view_index(who.user, mode.cr4 & cr4::SMAP == 0 || who.ac);
+        self.view_mut(number).fill(va, page as u64, fill);
+        if write {
+            let view = self.current * VIEWS + number;
+            self.note_writer(found.gpa, page as u64, Place { view, index: tlb::index(va) });
+        }
         let host = page.wrapping_add(found.gpa as usize & 0xfff);
         Ok((found, (access != Access::Write || write).then_some(host)))
+    }
+
+    /// An entry has the right to write to the page now.
+    fn note_writer(&mut self, gpa: u64, host: u64, at: Place) {
+        let known = match self.writers.get(gpa) {
+            Writer::One(old)
+                if old != at && self.view_at(old.view).is_some_and(|v| v.writes(old.index, host)) =>
+            {
+                Writer::Many
+            }
+            Writer::Many => return,
+            _ => Writer::One(at),
+        };
+        self.writers.set(gpa, known);
+    }
+
+    /// The view with this number of a [`Place`].
+    fn view_at(&mut self, number: usize) -> Option<&mut View> {
+        self.spaces.get_mut(number / VIEWS)?.views[number % VIEWS].as_deref_mut()
     }
 
     fn new_space(&self, pcid: u16) -> Space {
@@ -296,8 +339,7 @@ impl Mmu {
     }
 
     fn view_mut(&mut self, index: usize) -> &mut View {
-        self.spaces[self.current].views[index]
-            .get_or_insert_with(|| Box::new(View::new().expect("the host has memory for a TLB")))
+        self.spaces[self.current].views[index].get_or_insert_with(|| Box::new(View::new().expect(NO_MEMORY)))
     }
 
     fn all_views(&mut self) -> impl Iterator<Item = &mut Box<View>> {

@@ -293,6 +293,20 @@ impl View {
         }
     }
 
+    /// Takes the right to write directly away from the entry at this index, if it leads to the host page.
+    pub fn drop_writer(&mut self, index: usize, host: u64) {
+        let entry = &mut self.entries[index];
+        if entry.host == host {
+            entry.write = never(index);
+        }
+    }
+
+    /// Whether the entry at this index leads to the host page and may write.
+    pub fn writes(&self, index: usize, host: u64) -> bool {
+        let entry = &self.entries[index];
+        entry.host == host && entry.write != never(index)
+    }
+
     fn drop_index_if(&mut self, i: usize, when: impl Fn(&Entry, &Meta) -> bool) {
         if when(&self.entries[i], &self.meta[i]) {
             // The index stays in the journal; a later fill finds `used` set.

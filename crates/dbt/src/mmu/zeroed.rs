@@ -14,6 +14,9 @@ use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
 /// All bytes zero is valid, and the type neither needs dropping nor an alignment above a page's.
 pub unsafe trait Zeroable: Copy {}
 
+// SAFETY: an integer.
+unsafe impl Zeroable for u32 {}
+
 /// A slice on pages of its own.
 pub struct Zeroed<T: Zeroable> {
     start: NonNull<T>,

@@ -13,7 +13,7 @@ use super::marks::Marks;
 use crate::{
     backend::x86_64::{
         emit::{self, Code, Emitter},
-        thunks::{SlowAccess, Thunks},
+        thunks::{Calls, Thunks},
     },
     code_memory::CodeMemory,
     frontend::x86_64::{CodeMode, Lifter},
@@ -158,9 +158,9 @@ pub struct Blocks {
 
 impl Blocks {
     /// An empty store.
-    pub fn new(slow: SlowAccess, lifter: Lifter, avx: bool) -> std::io::Result<Self> {
+    pub fn new(calls: Calls, lifter: Lifter, avx: bool) -> std::io::Result<Self> {
         let mut memory = CodeMemory::new(CODE_BYTES)?;
-        let (thunks, code) = Thunks::build(memory.rx_ptr() as u64, slow, avx);
+        let (thunks, code) = Thunks::build(memory.rx_ptr() as u64, calls, avx);
         memory.push(&code, 1).ok_or(std::io::ErrorKind::OutOfMemory)?;
         let thunks_end = memory.used();
         Ok(Self {

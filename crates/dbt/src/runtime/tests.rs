@@ -302,3 +302,59 @@ fn a_branch_out_of_the_address_space_faults_where_it_is() {
         assert!((CODE..CODE + 64).contains(&vcpu.cpu().rip));
     }
 }
+
+#[test]
+fn regions_go_on_behind_what_tier_0_executes() {
+    let (vcpu, fault) = run(|a| {
+        a.mov(rdi, DATA).unwrap();
+        a.mov(rcx, 100u64).unwrap();
+        a.mov(eax, 7u32).unwrap();
+        a.vmovd(xmm1, eax).unwrap();
+        a.cmp(eax, 9).unwrap();
+        a.rep().stosq().unwrap();
+        // The flags are those of the comparison, the vector register is what it was.
+        a.setb(bl).unwrap();
+        a.vmovd(r8d, xmm1).unwrap();
+        a.mov(rax, qword_ptr(DATA + 8 * 99)).unwrap();
+        a.mov(r9d, cs).unwrap();
+        a.mov(r13, u64::MAX).unwrap();
+        a.mov(r13d, ss).unwrap();
+    });
+    assert_eq!(fault, Exception::UD);
+    let gpr = &vcpu.cpu().gpr;
+    assert_eq!((result(&vcpu), gpr[reg::RBX] & 0xff, gpr[8]), (7, 1, 7));
+    assert_eq!([gpr[9], gpr[13]], [seg::CS, seg::SS].map(|s| u64::from(vcpu.cpu().seg[s].selector)));
+    assert_eq!(gpr[reg::RCX], 0);
+    assert!(vcpu.cpu().counters.dispatches <= 2, "the region is not left");
+}
+
+#[test]
+fn a_fault_of_what_tier_0_executes_in_a_region_is_precise() {
+    let mut machine = Machine::long();
+    machine.unmap(DATA + 0x1000);
+    let (vcpu, fault) = run_in(machine, |a| {
+        a.mov(rax, 5u64).unwrap();
+        a.mov(rdi, DATA + 0x1000 - 24).unwrap();
+        a.mov(rcx, 100u64).unwrap();
+        a.rep().stosq().unwrap();
+        a.mov(rax, 6u64).unwrap();
+    });
+    assert_eq!(fault, Exception::pf(DATA + 0x1000, 2));
+    let gpr = &vcpu.cpu().gpr;
+    assert_eq!((result(&vcpu), gpr[reg::RDI], gpr[reg::RCX]), (5, DATA + 0x1000, 97));
+}
+
+#[test]
+fn code_that_tier_0_writes_from_within_the_region_is_noticed() {
+    let (vcpu, _) = run(|a| {
+        let mut patched = a.create_label();
+        // The operand of the last instruction, which lies behind the store.
+        a.lea(rdi, ptr(patched)).unwrap();
+        a.add(rdi, 1).unwrap();
+        a.mov(eax, 42u32).unwrap();
+        a.stosb().unwrap();
+        a.set_label(&mut patched).unwrap();
+        a.mov(eax, 1u32).unwrap();
+    });
+    assert_eq!(result(&vcpu), 42);
+}

@@ -2,11 +2,12 @@
 
 use std::{sync::Arc, time::Instant};
 
+use iced_x86::FlowControl;
 use ruse_arch::{
     Exception, MpState, VcpuState,
     flags::{cr0, cr4, rflags},
-    paging::Access,
-    state::seg,
+    paging::{Access, is_canonical},
+    state::{reg, seg},
 };
 use ruse_engine::{Bus, EngineError, Halt, Vcpu, VcpuHandle};
 
@@ -16,7 +17,7 @@ use super::{
     enter, fault,
 };
 use crate::{
-    backend::x86_64::exit,
+    backend::x86_64::{exit, thunks::Calls},
     cpu::{Cpu, CpuBox, Who, request},
     frontend::x86_64::{CodeMode, Lifter},
     ir::Region,
@@ -58,9 +59,10 @@ impl DbtVcpu {
         let wake = Box::new(move || waker.parker.wake());
         let peer = cpu.mmu.code.join(cpu.id, cpu.arena().clone(), wake);
         let features = Features::new(&cpu.cpuid);
-        let lifter = Lifter::new(Box::new(move |i| features.allow(i)));
+        // The check executes what tier 0 does only once.
+        let lifter = Lifter::new(Box::new(move |i| features.allow(i)), !options.check);
         let avx = std::is_x86_feature_detected!("avx");
-        let blocks = Blocks::new(enter::slow_access, lifter, avx)?;
+        let blocks = Blocks::new(Calls { slow_access: enter::slow_access, step: enter::step }, lifter, avx)?;
         cpu.update_mode();
         Ok(Self { cpu, blocks, handle, peer, options, pending_link: None, mismatch: None })
     }
@@ -264,7 +266,7 @@ impl DbtVcpu {
     /// The block at RIP, translated if it is not there yet. `None`: tier 0 has to execute here.
     pub(super) fn find(&mut self, mode: CodeMode) -> Result<Option<u32>, Exception> {
         let va = self.cpu.rip;
-        if !ruse_arch::paging::is_canonical(va) {
+        if !is_canonical(va) {
             return Ok(None);
         }
         let Place::Ram(host) = self.cpu.place(va, 1, Access::Fetch, Who::Current)? else { return Ok(None) };
@@ -405,11 +407,30 @@ impl DbtVcpu {
                 let target = self.blocks.link_target(cpu.exit_aux as u32);
                 cpu.exit_value = target.expect("blocks go only between runs of generated code");
             }
+            exit::MISS => self.miss(),
             exit::POLL => {
                 cpu.exit_reason = exit::AT;
                 cpu.exit_value = self.blocks.locate(cpu.exit_value - 1).expect(MARKED).rip;
             }
             _ => {}
+        }
+    }
+
+    /// An indirect jump or a return leads where the jump cache knows nothing. Out of the address space, the instruction
+    /// itself faults: tier 0 executes it anew.
+    fn miss(&mut self) {
+        let cpu = &mut *self.cpu;
+        cpu.exit_reason = exit::AT;
+        if is_canonical(cpu.exit_value) {
+            return;
+        }
+        let at = self.blocks.locate(cpu.exit_aux - 1).expect(MARKED).rip;
+        (cpu.exit_reason, cpu.exit_value, cpu.rip) = (exit::INTERPRET, at, at);
+        if let Ok(insn) = tier0::decode(cpu)
+            && insn.i.flow_control() == FlowControl::Return
+        {
+            let extra = if insn.i.op_count() > 0 { u64::from(insn.i.immediate16()) } else { 0 };
+            cpu.gpr[reg::RSP] = cpu.gpr[reg::RSP].wrapping_sub(8 + extra);
         }
     }
 
@@ -436,7 +457,8 @@ impl DbtVcpu {
             }
             _ => {
                 self.cpu.rip = value;
-                Ok(())
+                // What an instruction inside the region has raised.
+                self.cpu.exception.take().map_or(Ok(()), Err)
             }
         }
     }

@@ -80,8 +80,10 @@ struct Stub {
 enum StubKind {
     /// Leave with [`super::exit::POLL`] before the guest instruction at this offset.
     Poll(u16),
-    /// Leave to tier 0 at this linear address.
-    Interpret(u64),
+    /// Leave to tier 0 before the guest instruction at this offset.
+    Interpret(u16),
+    /// Leave with [`super::exit::MISS`] from the guest instruction at this offset.
+    Miss(u16),
     /// Leave to a linear address that may be linked; save the flags first.
     Exit { target: u64, save_flags: bool },
     /// The link with this index is not resolved.
@@ -225,12 +227,13 @@ impl<'a> Emitter<'a> {
             }
             Op::JumpTo(value) => {
                 self.value(node, value);
-                self.find_jump();
+                self.find_jump(StubKind::Miss);
                 self.asm.jmp_mem(Mem::At(T1, JUMP_HOST));
             }
             Op::CallTo(value) => {
                 self.value(node, value);
-                self.find_jump();
+                // Nothing is pushed if the target is out of the address space.
+                self.find_jump(StubKind::Interpret);
                 self.asm.load(T1, Mem::At(T1, JUMP_HOST));
                 self.asm.store(block::scratch(0), T1);
                 self.push_address(i.next_ip());
@@ -240,9 +243,15 @@ impl<'a> Emitter<'a> {
                 self.asm.mov(T0, GUEST_RSP);
                 self.probe(MemUse { write: false, size: 8 });
                 self.asm.load(T0, Mem::At(T0, 0));
-                self.find_jump();
                 self.asm.lea(GUEST_RSP, GUEST_RSP, 8 + i32::from(extra));
+                self.find_jump(StubKind::Miss);
                 self.asm.jmp_mem(Mem::At(T1, JUMP_HOST));
+            }
+            Op::ReadSelector { segment, to, size } => self.read_selector(segment, to, size),
+            Op::Step => {
+                self.asm.mov_imm(T0, i.ip());
+                self.asm.call(self.thunks.step);
+                (self.in_host, self.in_block, self.x87_loaded) = (false, true, false);
             }
             Op::Interpret => self.interpret(i.ip(), live_in(node)),
         }
@@ -443,6 +452,25 @@ impl<'a> Emitter<'a> {
         self.in_host = false;
     }
 
+    fn read_selector(&mut self, segment: u8, to: u8, size: u8) {
+        let (dst, home) = match home(to) {
+            Home::Host(r) => (r, None),
+            Home::Block(at) => (T0, Some(Mem::Block(at))),
+        };
+        let selector = block::selector(segment.into());
+        if size == 2 {
+            if let Some(home) = home {
+                self.asm.load(T0, home);
+            }
+            self.asm.mem(&[0x66], false, &[0x8b], dst, selector); // mov dst16, [selector]
+        } else {
+            self.asm.mem(&[], false, &[0x0f, 0xb7], dst, selector); // movzx dst32, word [selector]
+        }
+        if let Some(home) = home {
+            self.asm.store(home, T0);
+        }
+    }
+
     fn swap_gs(&mut self) {
         let base = block::segment_base(seg::GS);
         self.asm.load(T0, base);
@@ -485,9 +513,9 @@ impl<'a> Emitter<'a> {
         self.links.push(Link { target, site: site as u32, unresolved: 0, guarded: !same_page });
     }
 
-    /// Makes T1 address the jump cache's entry for the linear address in T0. The flags are in the block. What is not
-    /// in the cache is left to tier 0, which also raises the fault of an address that is not canonical.
-    fn find_jump(&mut self) {
+    /// Makes T1 address the jump cache's entry for the linear address in T0. The flags are in the block. Leaves as
+    /// `unknown` says where the cache has none: the target may not even be an address.
+    fn find_jump(&mut self, unknown: fn(u16) -> StubKind) {
         const MASK: u32 = (JUMPS - 1) as u32;
         let asm = &mut self.asm;
         asm.regs(false, &[0x8b], T1, T0); // mov T1d, T0d
@@ -497,8 +525,7 @@ impl<'a> Emitter<'a> {
         asm.mem(&[], true, &[0x03], T1, block::JUMPS); // add T1, [jumps]
         asm.mem(&[], true, &[0x3b], T0, Mem::At(T1, 0)); // cmp T0, [T1]
         let branch = asm.jcc(cc::NE, 0);
-        let at = self.start.wrapping_add(self.guest_offset.into());
-        self.stubs.push(Stub { branch, kind: StubKind::Interpret(at) });
+        self.stubs.push(Stub { branch, kind: unknown(self.guest_offset) });
     }
 
     /// Emits what the straight code jumps to when something is not as usual.
@@ -513,9 +540,14 @@ impl<'a> Emitter<'a> {
                     self.marks.push(Mark { host: self.asm.code.len() as u32, guest, host_flags: false });
                     self.asm.call(self.thunks.exit_poll);
                 }
-                StubKind::Interpret(at) => {
+                StubKind::Interpret(guest) => {
                     self.asm.bind(branch);
-                    self.interpret(at, 0);
+                    self.interpret(self.start.wrapping_add(guest.into()), 0);
+                }
+                StubKind::Miss(guest) => {
+                    self.asm.bind(branch);
+                    self.marks.push(Mark { host: self.asm.code.len() as u32, guest, host_flags: false });
+                    self.asm.call(self.thunks.exit_miss);
                 }
                 StubKind::Exit { target, save_flags } => {
                     self.asm.bind(branch);

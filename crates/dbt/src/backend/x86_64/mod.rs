@@ -48,6 +48,10 @@ pub(crate) mod block {
         let at = offset_of!(Cpu, seg) + index * size_of::<ruse_arch::Segment>();
         Mem::Block((at + offset_of!(ruse_arch::Segment, base)) as i32)
     }
+    pub fn selector(index: usize) -> Mem {
+        let at = offset_of!(Cpu, seg) + index * size_of::<ruse_arch::Segment>();
+        Mem::Block((at + offset_of!(ruse_arch::Segment, selector)) as i32)
+    }
     pub const REQUESTS: Mem = Mem::Block(REQUESTS_OFFSET);
     pub const ARITH: Mem = Mem::Block(offset_of!(Cpu, arith) as i32);
     pub const RFLAGS: Mem = Mem::Block(offset_of!(Cpu, rflags) as i32);
@@ -87,4 +91,7 @@ pub mod exit {
     /// A request waits. Go on with the guest instruction to which the code right before the address in `exit_value`
     /// belongs.
     pub const POLL: u32 = 4;
+    /// As [`AT`], from an indirect jump or a return whose target the jump cache does not know. The code right before the
+    /// address in `exit_aux` belongs to it.
+    pub const MISS: u32 = 5;
 }

@@ -26,6 +26,11 @@ pub struct Thunks {
     pub lookup_link: u64,
     /// Called: leaves with [`exit::POLL`].
     pub exit_poll: u64,
+    /// Called: leaves with [`exit::MISS`]; T0 holds the linear address.
+    pub exit_miss: u64,
+    /// Called with the linear address of an instruction in T0, the flags in the block: tier 0 executes it. Returns, or
+    /// leaves with [`exit::AT`]. Destroys the flags.
+    pub step: u64,
     /// Leaves with [`exit::INTERPRET`]; T0 holds the linear address.
     pub exit_interpret: u64,
     /// Leaves with [`exit::FAULT`]; T0 holds the host address that faulted. Entered by the signal handler.
@@ -39,9 +44,15 @@ pub struct Thunks {
     pub load_x87: u64,
 }
 
-/// Signature of the function behind [`Thunks::slow_access`]: vCPU block, linear address, size and kind, return address
-/// in the generated code. Returns the host address or 0.
-pub type SlowAccess = unsafe extern "C" fn(u64, u64, u64, u64) -> u64;
+/// Functions that generated code calls, by way of the thunks of the same names.
+#[derive(Clone, Copy)]
+pub struct Calls {
+    /// Takes the vCPU block, linear address, size and kind, return address in the generated code. Returns the host
+    /// address or 0.
+    pub slow_access: unsafe extern "C" fn(u64, u64, u64, u64) -> u64,
+    /// Takes the vCPU block and the linear address of an instruction. Returns 0 if generated code must be left.
+    pub step: unsafe extern "C" fn(u64, u64) -> u64,
+}
 
 /// Host registers that hold guest registers, with the guest register's index.
 const PINNED: [(u8, usize); 13] = [
@@ -72,7 +83,7 @@ const CALLEE_SAVED: [u8; 6] = [3, 5, 12, 13, 14, 15];
 
 impl Thunks {
     /// Makes the shared code for the address `base`; returns the bytes. `avx`: the host has AVX.
-    pub fn build(base: u64, slow: SlowAccess, avx: bool) -> (Self, Vec<u8>) {
+    pub fn build(base: u64, calls: Calls, avx: bool) -> (Self, Vec<u8>) {
         let mut asm = Asm::new(base);
         let load = asm.here();
         load_vectors(&mut asm, avx);
@@ -93,6 +104,10 @@ impl Thunks {
         thunks.exit_poll = asm.here();
         pop(&mut asm, T0);
         exit_with(&mut asm, exit::POLL, leave);
+        thunks.exit_miss = asm.here();
+        pop(&mut asm, T1);
+        asm.store(block::EXIT_AUX, T1);
+        exit_with(&mut asm, exit::MISS, leave);
         thunks.exit_interpret = asm.here();
         exit_with(&mut asm, exit::INTERPRET, leave);
         thunks.exit_fault = asm.here();
@@ -103,7 +118,9 @@ impl Thunks {
         thunks.lookup_link = asm.here();
         lookup(&mut asm, unknown);
         let common = asm.here();
-        slow_access(&mut asm, slow, load, store);
+        slow_access(&mut asm, calls.slow_access as usize as u64, load, store);
+        thunks.step = asm.here();
+        step(&mut asm, calls.step as usize as u64, load, store);
         for (size, thunks) in ACCESS_SIZES.into_iter().zip(&mut thunks.slow_access) {
             for write in [false, true] {
                 thunks[usize::from(write)] = asm.here();
@@ -202,17 +219,36 @@ fn lookup(asm: &mut Asm, unknown: u64) {
     asm.jmp(unknown);
 }
 
-fn slow_access(asm: &mut Asm, slow: SlowAccess, load: u64, store: u64) {
+fn slow_access(asm: &mut Asm, function: u64, load: u64, store: u64) {
+    let failed = call_out(asm, function, load, store, |asm| {
+        asm.mov(6, T0);
+        asm.mov(2, T1);
+        asm.load(1, Mem::At(RSP, 0));
+    });
+    asm.bind(failed);
+    asm.store_imm32(block::EXIT_REASON, exit::FAULT);
+    return_to_caller(asm);
+}
+
+fn step(asm: &mut Asm, function: u64, load: u64, store: u64) {
+    let failed = call_out(asm, function, load, store, |asm| asm.mov(6, T0));
+    asm.bind(failed);
+    asm.store_imm32(block::EXIT_REASON, exit::AT);
+    return_to_caller(asm);
+}
+
+/// Calls a function with the guest's state in the block, and returns with its result in T0. The first argument is the
+/// block's address, `arguments` sets the others. Gives the jump that is taken if the result is 0: then the state in the
+/// block counts.
+fn call_out(asm: &mut Asm, function: u64, load: u64, store: u64, arguments: impl FnOnce(&mut Asm)) -> usize {
     for (host, guest) in PINNED {
         asm.store(block::gpr(guest), host);
     }
     when_resident(asm, store);
     asm.load(7, block::THIS);
-    asm.mov(6, T0);
-    asm.mov(2, T1);
-    asm.load(1, Mem::At(RSP, 0));
+    arguments(asm);
     add_rsp(asm, -8);
-    asm.mov_imm(0, slow as usize as u64);
+    asm.mov_imm(0, function);
     asm.bytes(&[0xff, 0xd0]); // call rax
     add_rsp(asm, 8);
     asm.bytes(&[0x48, 0x85, 0xc0]); // test rax, rax
@@ -223,9 +259,7 @@ fn slow_access(asm: &mut Asm, slow: SlowAccess, load: u64, store: u64) {
         asm.load(host, block::gpr(guest));
     }
     asm.bytes(&[0xc3]);
-    asm.bind(failed);
-    asm.store_imm32(block::EXIT_REASON, exit::FAULT);
-    return_to_caller(asm);
+    failed
 }
 
 /// XRSTOR of component 0 only; it wants its mask in EDX:EAX.

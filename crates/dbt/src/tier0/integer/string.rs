@@ -14,7 +14,7 @@ use ruse_arch::{
 use super::flags::sub;
 use crate::{
     cpu::{Cpu, Who},
-    mmu::access::Place,
+    mmu::access::{self, Place},
     tier0::{
         Handler, Insn, debug,
         operand::{address_size, mask, segment_index},
@@ -172,7 +172,6 @@ impl Op {
         if count < 2 || self.to(cpu, len, Access::Write).is_err() {
             return 0;
         }
-        let mut buf = [0; PAGE as usize];
         let from = match source {
             Some(_) if self.from(cpu, len).is_err() => return 0,
             Some(la) => match cpu.place(la, len, Access::Read, Who::Current) {
@@ -192,16 +191,29 @@ impl Op {
             }
             _ => return 0,
         };
-        match from {
-            Some(host) => cpu.read_place(Place::Ram(host), &mut buf[..len]),
-            None => {
-                let element = cpu.gpr[RAX].to_le_bytes();
-                buf[..len].chunks_exact_mut(self.size).for_each(|c| c.copy_from_slice(&element[..c.len()]));
-            }
-        }
-        cpu.write_place(to, &buf[..len]);
+        self.move_bytes(cpu, from, to, len);
         self.finish(cpu, count);
         count
+    }
+
+    /// Copies or fills `len` bytes of RAM within a page on each side.
+    fn move_bytes(&self, cpu: &mut Cpu, from: Option<*mut u8>, to: Place, len: usize) {
+        let element = cpu.gpr[RAX].to_le_bytes();
+        let element = &element[..self.size];
+        match (from, to) {
+            (Some(from), Place::Ram(to)) => access::copy(from, to, len),
+            (None, Place::Ram(to)) if element.iter().all(|b| *b == element[0]) => {
+                access::fill(to, element[0], len);
+            }
+            _ => {
+                let mut buf = [0; PAGE as usize];
+                match from {
+                    Some(host) => cpu.read_place(Place::Ram(host), &mut buf[..len]),
+                    None => buf[..len].chunks_exact_mut(self.size).for_each(|c| c.copy_from_slice(element)),
+                }
+                cpu.write_place(to, &buf[..len]);
+            }
+        }
     }
 }
 
@@ -244,7 +256,8 @@ fn execute(cpu: &mut Cpu, insn: &Insn) -> Result<(), Exception> {
                 cpu.rflags = flags;
                 return Err(fault);
             }
-            (done, cost) = (1, ALONE);
+            // Comparisons are always made one by one; a fault at a later one is to give the flags of the start back.
+            (done, cost) = (1, if compares { 1 } else { ALONE });
         }
         op.advance(cpu, RCX, done.wrapping_neg());
         budget = budget.saturating_sub(cost);
