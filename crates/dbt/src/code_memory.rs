@@ -132,13 +132,12 @@ impl CodeMemory {
     }
 
     /// Takes pages that are full out of the writable mapping, where they are seldom needed again: they would count as
-    /// used memory twice.
+    /// used memory twice. Those that were patched since the last time go again.
     fn release_written(&mut self) {
         let full = self.used & !(RELEASED - 1);
         if self.is_dual() && full > self.released {
-            let at = self.rw_ptr().wrapping_add(self.released);
             // SAFETY: whole pages of our shared mapping; what they hold stays in the file behind it.
-            let _ = unsafe { madvise(at.cast(), full - self.released, Advice::LinuxDontNeed) };
+            let _ = unsafe { madvise(self.rw_ptr().cast(), full, Advice::LinuxDontNeed) };
         }
         self.released = full;
     }
