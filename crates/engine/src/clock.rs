@@ -16,13 +16,13 @@ pub struct Clock {
 impl Clock {
     /// Measures the host's TSC and starts a clock at zero. Takes about two milliseconds.
     pub fn start() -> Self {
-        Self::new(measure_tsc_hz(), 0)
+        Self::start_after(&TscMeasurement::begin(), 0)
     }
 
-    /// As [`Clock::start`], but its time goes 2^`slow` times slower than the host's: for a guest that runs so slowly that
-    /// its timers would leave it no time.
-    pub fn start_slow(slow: u32) -> Self {
-        Self::new(measure_tsc_hz(), slow)
+    /// As [`Clock::start`], with a measurement that has begun before, so that it costs no time. The clock's time goes
+    /// 2^`slow` times slower than the host's: for a guest that runs so slowly that its timers would leave it no time.
+    pub fn start_after(measurement: &TscMeasurement, slow: u32) -> Self {
+        Self::new(measurement.finish(), slow)
     }
 
     /// A clock at zero over a TSC of known frequency, in Hz.
@@ -81,28 +81,39 @@ pub fn host_tsc() -> u64 {
     unsafe { core::arch::x86_64::_rdtsc() }
 }
 
-/// Counts the TSC against the system's monotonic clock for two milliseconds.
-fn measure_tsc_hz() -> u64 {
-    // The pair read with the least delay between its halves has the least error.
-    let pair = || {
-        (0..5)
+/// The TSC's frequency, measured against the system's monotonic clock over at least two milliseconds.
+pub struct TscMeasurement {
+    tsc: u64,
+    at: Instant,
+}
+
+impl TscMeasurement {
+    const LEAST: Duration = Duration::from_millis(2);
+
+    /// Begins to measure.
+    pub fn begin() -> Self {
+        // The pair read with the least delay between its halves has the least error.
+        let (width, tsc, at) = (0..5)
             .map(|_| {
                 let before = host_tsc();
                 let at = Instant::now();
                 (host_tsc() - before, before, at)
             })
             .min_by_key(|p| p.0)
-            .map(|(width, tsc, at)| (tsc + width / 2, at))
-            .expect("five pairs")
-    };
-    let (tsc0, t0) = pair();
-    std::thread::sleep(Duration::from_millis(2));
-    let (tsc1, t1) = pair();
-    let ns = (t1 - t0).as_nanos().max(1) as u64;
-    let hz = u128::from(tsc1 - tsc0) * 1_000_000_000 / u128::from(ns);
-    // Frequencies are whole multiples of 100 kHz where the measurement is that close.
-    let rounded = (hz + 50_000) / 100_000 * 100_000;
-    if rounded.abs_diff(hz) < hz / 50_000 { rounded as u64 } else { hz as u64 }
+            .expect("five pairs");
+        Self { tsc: tsc + width / 2, at }
+    }
+
+    /// Waits if it has not taken long enough, and gives the frequency in Hz.
+    fn finish(&self) -> u64 {
+        std::thread::sleep(Self::LEAST.saturating_sub(self.at.elapsed()));
+        let end = Self::begin();
+        let ns = (end.at - self.at).as_nanos().max(1);
+        let hz = u128::from(end.tsc - self.tsc) * 1_000_000_000 / ns;
+        // Frequencies are whole multiples of 100 kHz where the measurement is that close.
+        let rounded = (hz + 50_000) / 100_000 * 100_000;
+        if rounded.abs_diff(hz) < hz / 50_000 { rounded as u64 } else { hz as u64 }
+    }
 }
 
 #[cfg(test)]
@@ -111,7 +122,7 @@ mod tests {
 
     #[test]
     fn a_slow_clock_goes_slower_than_the_hosts_time() {
-        let clock = Clock::start_slow(5);
+        let clock = Clock::start_after(&TscMeasurement::begin(), 5);
         let (begun, host) = (clock.now_ns(), Instant::now());
         std::thread::sleep(Duration::from_millis(20));
         let passed = clock.now_ns() - begun;

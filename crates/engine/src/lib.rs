@@ -10,7 +10,7 @@ pub mod clock;
 use std::sync::Arc;
 
 pub use bus::{Bus, MsrFault};
-pub use clock::Clock;
+pub use clock::{Clock, TscMeasurement};
 use ruse_arch::VcpuState;
 use ruse_memory::GuestRam;
 

@@ -122,6 +122,9 @@ impl Image {
                 ram.memory().write_slice(&bytes[offset as usize..(offset + len) as usize], to)?;
             }
             Data::File(file) => {
+                if ram.write_file(gpa, file, offset, len).is_ok() {
+                    return Ok(());
+                }
                 let mut reader = file;
                 reader.seek(SeekFrom::Start(offset)).map_err(|e| self.unreadable(e))?;
                 ram.memory().read_exact_volatile_from(to, &mut reader, len as usize).map_err(

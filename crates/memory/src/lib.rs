@@ -4,6 +4,7 @@
 //! and loaders go through the `vm-memory` crate ([`GuestRam::memory`]), which reports each write to the
 //! [`PageTracker`]; accesses of vCPUs go through raw host addresses ([`GuestRam::host_page`]).
 
+mod file;
 mod tracker;
 
 use std::{fs::File, os::fd::AsRawFd, sync::Arc};

@@ -9,7 +9,7 @@ use ruse_arch::VcpuState;
 use ruse_devices::bus::MapError;
 use ruse_devices::lapic::TIMER_HZ;
 use ruse_devices::rtc::{Rtc, RtcConfig};
-use ruse_engine::{Clock, Engine, EngineError, Vcpu, Vm};
+use ruse_engine::{Clock, Engine, EngineError, TscMeasurement, Vcpu, Vm};
 use ruse_loader::{AcpiConfig, EntryChoice, Image, LoadError, LoadRequest, Module};
 use ruse_memory::{GuestRam, LOW_RAM_END, MemoryError};
 
@@ -120,18 +120,21 @@ pub struct Machine {
     ram: GuestRam,
     boot: Boot,
     entry: VcpuState,
+    /// Goes on while the guest is loaded.
+    tsc: TscMeasurement,
 }
 
 impl Machine {
     /// Checks a configuration, makes the RAM and loads the guest.
     pub fn load(config: MachineConfig) -> Result<Self, MachineError> {
         config.validate(host_memory())?;
+        let tsc = TscMeasurement::begin();
         // Before RAM, so that a wrong path costs nothing.
         Image::open(&config.kernel)?;
         let ram = GuestRam::new(config.memory)?;
         let boot = Boot::open(&config, ram.clone())?;
         let entry = boot.load()?;
-        Ok(Self { config, ram, boot, entry })
+        Ok(Self { config, ram, boot, entry, tsc })
     }
 
     /// Makes the vCPUs with `engine` and starts everything.
@@ -141,8 +144,8 @@ impl Machine {
             return Err(ConfigError::TooManyCpus { asked, max }.into());
         }
         let cpus = asked as u32;
-        let clock = if self.config.check { Clock::start_slow(CHECK_SLOWDOWN) } else { Clock::start() };
-        let clock = Arc::new(clock);
+        let slow = if self.config.check { CHECK_SLOWDOWN } else { 0 };
+        let clock = Arc::new(Clock::start_after(&self.tsc, slow));
         let lifecycle = Arc::new(Lifecycle::new(cpus).map_err(MachineError::host("cannot make an eventfd"))?);
         let platform = Platform::new(Rtc::new(self.rtc_config()), self.config.debug_exit)?;
         let vm = engine.create_vm(self.ram.clone(), clock.clone())?;
@@ -186,7 +189,7 @@ impl Machine {
         vcpus: Vec<Box<dyn Vcpu>>,
         console: Console,
     ) -> Result<RunningMachine, MachineError> {
-        let Self { config, ram, boot, entry } = self;
+        let Self { config, ram, boot, entry, .. } = self;
         let control = Control { board: board.clone(), config: Arc::new(config), engine };
         let mut running = RunningMachine { control, threads: Vec::new() };
         // The files and the protocol are the same as at first, and so is the state.
