@@ -5,7 +5,7 @@ use std::{
     os::fd::{AsRawFd, RawFd},
 };
 
-use kvm_bindings::{kvm_device_attr, kvm_interrupt, kvm_sregs2};
+use kvm_bindings::{kvm_device_attr, kvm_sregs2};
 use kvm_ioctls::VcpuFd;
 
 /// The numbers of include/uapi/linux/kvm.h: direction, size, 0xAE, number (asm-generic/ioctl.h).
@@ -15,7 +15,6 @@ const fn number(direction: u64, size: usize, number: u64) -> u64 {
 const WRITE: u64 = 1;
 const READ: u64 = 2;
 
-const INTERRUPT: u64 = number(WRITE, size_of::<kvm_interrupt>(), 0x86);
 const GET_SREGS2: u64 = number(READ, size_of::<kvm_sregs2>(), 0xcc);
 const SET_SREGS2: u64 = number(WRITE, size_of::<kvm_sregs2>(), 0xcd);
 const SET_DEVICE_ATTR: u64 = number(WRITE, size_of::<kvm_device_attr>(), 0xe1);
@@ -24,12 +23,6 @@ fn call<T>(fd: RawFd, request: u64, argument: *mut T) -> io::Result<()> {
     // SAFETY: each caller passes the structure that the request reads or writes, of the size that its number names.
     let result = unsafe { libc::ioctl(fd, request, argument) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
-}
-
-/// Injects the vector that an 8259 gave (KVM_INTERRUPT).
-pub fn interrupt(vcpu: &VcpuFd, vector: u8) -> io::Result<()> {
-    let mut argument = kvm_interrupt { irq: vector.into() };
-    call(vcpu.as_raw_fd(), INTERRUPT, &mut argument)
 }
 
 /// Special registers with the PDPTEs (KVM_GET_SREGS2).

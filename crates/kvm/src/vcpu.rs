@@ -47,7 +47,7 @@ impl KvmVcpu {
     /// Takes over a vCPU that was just made.
     pub fn new(id: u32, fd: VcpuFd, vm: Arc<Shared>) -> Result<Self, EngineError> {
         let handle = Arc::new(Handle::new(id, vm.clone()));
-        let finisher = Finisher::new(id, &vm);
+        let finisher = Finisher::new(id, vm.clock.clone(), &vm.ram);
         let this = Self { id, fd, vm, handle, finisher, unfinished: false, counters: Counters::default() };
         this.set_tsc_offset(this.vm.clock.tsc_offset()).map_err(|source| EngineError::Host {
             what: "cannot set the guest's time-stamp counter",
@@ -92,7 +92,7 @@ impl KvmVcpu {
             && ready
             && let Some(vector) = bus.acknowledge_interrupt(self.id)
         {
-            ioctl::interrupt(&self.fd, vector)
+            state::interrupt(&self.fd, vector)
                 .map_err(|source| EngineError::Host { what: "KVM does not take an interrupt", source })?;
             self.fd.get_kvm_run().ready_for_interrupt_injection = 0;
             waits = bus.interrupt_pending(self.id);

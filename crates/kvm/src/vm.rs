@@ -73,6 +73,9 @@ impl Vm for KvmVm {
         let table = cpuid::for_kvm(&cpuid)
             .map_err(|source| EngineError::Host { what: "cannot make a CPUID table", source })?;
         fd.set_cpuid2(&table).map_err(host("KVM does not take the CPUID table"))?;
+        // Messages reach a new vCPU from the first write to its local APIC on (kvm_recalculate_apic_map).
+        let lapic = fd.get_lapic().map_err(host("cannot read a local APIC"))?;
+        fd.set_lapic(&lapic).map_err(host("cannot set a local APIC"))?;
         Ok(Box::new(KvmVcpu::new(id, fd, self.shared.clone())?))
     }
 

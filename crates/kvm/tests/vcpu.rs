@@ -1,109 +1,33 @@
 //! vCPUs of the host's KVM, whatever it is like. Where there is none, the tests say so and are left out.
 
-use std::sync::{
-    Arc, Mutex,
-    atomic::{AtomicBool, Ordering},
-};
+mod support;
 
 use iced_x86::code_asm::*;
 use ruse_arch::{
     Segment, VcpuState,
     state::{reg, seg},
 };
-use ruse_engine::{Bus, Clock, Engine, Halt, MsrFault, Vcpu};
-use ruse_kvm::KvmEngine;
-use ruse_memory::GuestRam;
+use ruse_engine::Halt;
+use support::*;
 
-/// Where the programs are.
-const CODE: u64 = 0x1000;
-/// A write to this port ends a program.
-const END: u16 = 0xf4;
-
-/// A machine with one port, which remembers what was written to it, and memory that reads as its address.
-#[derive(Default)]
-struct Recorder {
-    written: Mutex<Vec<u64>>,
-    ended: AtomicBool,
-    kick: Mutex<Option<Arc<dyn ruse_engine::VcpuHandle>>>,
-}
-
-impl Bus for Recorder {
-    fn pio_read(&self, _: u32, port: u16, data: &mut [u8]) {
-        data.copy_from_slice(&port.to_le_bytes()[..data.len()]);
-    }
-    fn pio_write(&self, _: u32, port: u16, data: &[u8]) {
-        let mut bytes = [0; 8];
-        bytes[..data.len()].copy_from_slice(data);
-        if port == END {
-            self.ended.store(true, Ordering::SeqCst);
-            self.kick.lock().unwrap().as_ref().unwrap().kick();
-        } else {
-            self.written.lock().unwrap().push(u64::from_le_bytes(bytes));
-        }
-    }
-    fn mmio_read(&self, _: u32, gpa: u64, data: &mut [u8]) {
-        data.copy_from_slice(&gpa.to_le_bytes()[..data.len()]);
-    }
-    fn mmio_write(&self, _: u32, _: u64, data: &[u8]) {
-        self.pio_write(0, 0, data);
-    }
-    fn interrupt_pending(&self, _: u32) -> bool {
-        false
-    }
-    fn acknowledge_interrupt(&self, _: u32) -> Option<u8> {
-        None
-    }
-    fn cr8(&self, _: u32) -> u8 {
-        0
-    }
-    fn set_cr8(&self, _: u32, _: u8) {}
-    fn apic_msr(&self, _: u32, _: u32) -> Result<u64, MsrFault> {
-        Err(MsrFault)
-    }
-    fn set_apic_msr(&self, _: u32, _: u32, _: u64) -> Result<(), MsrFault> {
-        Err(MsrFault)
-    }
-    fn apic_init(&self, _: u32) {}
-    fn x87_error(&self, _: u32) {}
-}
-
-/// A vCPU in real mode before a program, which ends with a write to port [`END`].
-fn vcpu(program: impl FnOnce(&mut CodeAssembler)) -> Option<(Box<dyn Vcpu>, GuestRam)> {
-    let engine = match KvmEngine::open() {
-        Ok(engine) => engine,
-        Err(error) => {
-            println!("skipped: {error}");
-            return None;
-        }
-    };
-    let mut a = CodeAssembler::new(16).unwrap();
-    program(&mut a);
-    a.mov(dx, u32::from(END)).unwrap();
-    a.out(dx, al).unwrap();
-    let code = a.assemble(CODE).unwrap();
-    let ram = GuestRam::new(1 << 20).unwrap();
-    use vm_memory::{Bytes, GuestAddress};
-    ram.memory().write_slice(&code, GuestAddress(CODE)).unwrap();
-    let vm = engine.create_vm(ram.clone(), Arc::new(Clock::start())).unwrap();
-    let mut vcpu = vm.create_vcpu(0, engine.supported_cpuid()).unwrap();
-    let mut state = VcpuState { rip: CODE, ..VcpuState::default() };
-    state.seg[seg::CS].base = 0;
-    state.seg[seg::CS].selector = 0;
-    state.gpr[reg::RSP] = 0x8000;
-    vcpu.set_state(&state).unwrap();
-    Some((vcpu, ram))
+/// A machine in real mode before a program, after which comes its end.
+fn rig(program: impl FnOnce(&mut CodeAssembler)) -> Option<Rig> {
+    let mut rig = Rig::new(&kvm()?);
+    let code = assemble(16, CODE, |a| {
+        program(a);
+        end(a).unwrap();
+    });
+    rig.put(CODE, &code);
+    rig.vcpu.set_state(&real_mode()).unwrap();
+    Some(rig)
 }
 
 /// Runs a program to its end; what it wrote to ports, and the state after it.
 fn run(program: impl FnOnce(&mut CodeAssembler)) -> Option<(Vec<u64>, VcpuState)> {
-    let (mut vcpu, _ram) = vcpu(program)?;
+    let mut rig = rig(program)?;
     let bus = Recorder::default();
-    *bus.kick.lock().unwrap() = Some(vcpu.handle());
-    while !bus.ended.load(Ordering::SeqCst) {
-        assert_eq!(vcpu.run(&bus).unwrap(), Halt::Kicked);
-    }
-    let written = std::mem::take(&mut *bus.written.lock().unwrap());
-    Some((written, vcpu.state().unwrap()))
+    bus.run(&mut *rig.vcpu);
+    Some((bus.written(), rig.vcpu.state().unwrap()))
 }
 
 #[test]
@@ -157,7 +81,7 @@ fn memory_that_is_not_ram_is_the_machine() {
 
 #[test]
 fn a_kick_from_another_thread_ends_an_endless_loop() {
-    let Some((mut vcpu, _ram)) = vcpu(|a| {
+    let Some(Rig { mut vcpu, .. }) = rig(|a| {
         let mut top = a.create_label();
         a.set_label(&mut top).unwrap();
         a.jmp(top).unwrap();
@@ -176,7 +100,7 @@ fn a_kick_from_another_thread_ends_an_endless_loop() {
 
 #[test]
 fn a_state_comes_back_as_it_was_set() {
-    let Some((mut vcpu, _ram)) = vcpu(|_| {}) else { return };
+    let Some(Rig { mut vcpu, .. }) = rig(|_| {}) else { return };
     let mut state = VcpuState { rip: 0x1234, rflags: 0x246, ..VcpuState::default() };
     for (n, value) in state.gpr.iter_mut().enumerate() {
         *value = 0x0101_0101_0101_0101 * n as u64;
@@ -204,10 +128,7 @@ fn a_state_comes_back_as_it_was_set() {
 
 #[test]
 fn the_speed_can_be_measured() {
-    let Ok(engine) = KvmEngine::open() else {
-        println!("skipped: there is no KVM");
-        return;
-    };
+    let Some(engine) = kvm() else { return };
     let started = std::time::Instant::now();
     let speed = ruse_kvm::probe::measure(&engine).unwrap();
     println!("{speed:?} in {:?}", started.elapsed());

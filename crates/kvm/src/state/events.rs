@@ -40,6 +40,21 @@ pub fn save(vcpu: &VcpuFd, state: &mut VcpuState) -> io::Result<()> {
     Ok(())
 }
 
+/// Gives the vCPU an interrupt of the 8259s, which KVM does not have. The guest must be ready for it.
+///
+/// KVM_INTERRUPT would keep it where the state does not show it until the guest runs.
+pub fn interrupt(vcpu: &VcpuFd, vector: u8) -> io::Result<()> {
+    let mut events = vcpu.get_vcpu_events()?;
+    // An NMI may come in between: what waits is left as it is.
+    events.flags = 0;
+    (events.interrupt.injected, events.interrupt.nr, events.interrupt.soft) = (1, vector, 0);
+    vcpu.set_vcpu_events(&events)?;
+    if mp_state(vcpu)? == MpState::Halted {
+        vcpu.set_mp_state(kvm_mp_state { mp_state: KVM_MP_STATE_RUNNABLE })?;
+    }
+    Ok(())
+}
+
 pub fn load(vcpu: &VcpuFd, state: &VcpuState) -> io::Result<()> {
     let mut events = kvm_vcpu_events {
         flags: KVM_VCPUEVENT_VALID_NMI_PENDING | KVM_VCPUEVENT_VALID_SHADOW,
@@ -60,7 +75,8 @@ pub fn load(vcpu: &VcpuFd, state: &VcpuState) -> io::Result<()> {
     let mp_state = match state.mp_state {
         MpState::Running => KVM_MP_STATE_RUNNABLE,
         MpState::Halted => KVM_MP_STATE_HALTED,
-        MpState::WaitForSipi => KVM_MP_STATE_UNINITIALIZED,
+        // An uninitialized one would wait for an INIT before.
+        MpState::WaitForSipi => KVM_MP_STATE_INIT_RECEIVED,
         MpState::Shutdown => {
             return Err(io::Error::other("a vCPU that a triple fault has stopped cannot go on"));
         }

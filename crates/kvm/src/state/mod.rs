@@ -49,6 +49,11 @@ pub fn load(vcpu: &VcpuFd, support: &Support, state: &VcpuState) -> io::Result<(
     events::load(vcpu, state)
 }
 
+/// Gives the vCPU an interrupt of the 8259s; the guest must be ready for it.
+pub fn interrupt(vcpu: &VcpuFd, vector: u8) -> io::Result<()> {
+    events::interrupt(vcpu, vector)
+}
+
 /// Writes one MSR.
 pub fn write_msr(vcpu: &VcpuFd, entry: kvm_msr_entry) -> io::Result<()> {
     msrs::write(vcpu, vec![entry])

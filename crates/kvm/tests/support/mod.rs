@@ -11,7 +11,7 @@ use std::{
     },
 };
 
-use iced_x86::code_asm::CodeAssembler;
+use iced_x86::{IcedError, code_asm::*};
 use ruse_arch::{
     DescriptorTable, LapicState, Segment, VcpuState,
     flags::{cr0, cr4, efer, rflags},
@@ -52,6 +52,8 @@ pub struct Recorder {
     ends: Mutex<Vec<u8>>,
     /// Vectors that the 8259s have.
     pub offered: Mutex<VecDeque<u8>>,
+    /// Whether the vCPU is kicked when it has acknowledged an interrupt.
+    kicks_at_acknowledgement: bool,
     ended: AtomicBool,
     handle: Mutex<Option<Arc<dyn VcpuHandle>>>,
     hook: Option<Hook>,
@@ -61,6 +63,11 @@ impl Recorder {
     /// One that is told of each write after it is remembered.
     pub fn with_hook(hook: impl Fn(&Recorder, u64) + Send + Sync + 'static) -> Self {
         Self { hook: Some(Box::new(hook)), ..Self::default() }
+    }
+
+    /// Kicks the vCPU when it has acknowledged an interrupt.
+    pub fn kicking_at_acknowledgement(self) -> Self {
+        Self { kicks_at_acknowledgement: true, ..self }
     }
 
     /// Takes what was written.
@@ -125,6 +132,9 @@ impl Bus for Recorder {
         !self.offered.lock().unwrap().is_empty()
     }
     fn acknowledge_interrupt(&self, _: u32) -> Option<u8> {
+        if self.kicks_at_acknowledgement {
+            self.handle().kick();
+        }
         self.offered.lock().unwrap().pop_front()
     }
     fn cr8(&self, _: u32) -> u8 {
@@ -187,6 +197,15 @@ pub fn assemble(bits: u32, at: u64, program: impl FnOnce(&mut CodeAssembler)) ->
     a.assemble(at).unwrap()
 }
 
+/// Ends a program. A vCPU leaves soon, not at once.
+pub fn end(a: &mut CodeAssembler) -> Result<(), IcedError> {
+    let mut here = a.create_label();
+    a.mov(dx, u32::from(END))?;
+    a.out(dx, al)?;
+    a.set_label(&mut here)?;
+    a.jmp(here)
+}
+
 /// A vCPU in real mode before [`CODE`].
 pub fn real_mode() -> VcpuState {
     let mut state = VcpuState { rip: CODE, ..VcpuState::default() };
@@ -199,22 +218,30 @@ const PML4: u64 = 0x1_0000;
 const PDPT: u64 = 0x1_1000;
 const GDT: u64 = 0x1_2000;
 const IDT: u64 = 0x1_3000;
-/// Selector of the kernel's code.
+/// Page directories of the first and the fourth gigabyte.
+const DIRECTORIES: u64 = 0x1_4000;
+/// Selectors of the kernel's code and data.
 const KERNEL_CODE: u16 = 8;
+const KERNEL_DATA: u16 = 0x10;
 
-/// A vCPU in long mode at this privilege before [`CODE`]. All addresses below four gigabytes are mapped to themselves;
+/// A vCPU in long mode at this privilege before [`CODE`]. The first and the fourth gigabyte are mapped to
+/// themselves;
 /// there is a GDT, and an IDT for [`put_gate`]. Ports are open to user code.
 pub fn long_mode(ram: &GuestRam, cpl: u16) -> VcpuState {
     const PRESENT_WRITABLE_USER: u64 = 7;
     const LARGE: u64 = 1 << 7;
     put(ram, PML4, &(PDPT | PRESENT_WRITABLE_USER).to_le_bytes());
-    for gigabyte in 0..4 {
-        let entry = gigabyte << 30 | LARGE | PRESENT_WRITABLE_USER;
-        put(ram, PDPT + 8 * gigabyte, &entry.to_le_bytes());
+    for (gigabyte, directory) in [(0, DIRECTORIES), (3, DIRECTORIES + 0x1000)] {
+        put(ram, PDPT + 8 * gigabyte, &(directory | PRESENT_WRITABLE_USER).to_le_bytes());
+        for page in 0..512 {
+            let entry = gigabyte << 30 | page << 21 | LARGE | PRESENT_WRITABLE_USER;
+            put(ram, directory + 8 * page, &entry.to_le_bytes());
+        }
     }
     put(ram, GDT + u64::from(KERNEL_CODE), &0x00af_9b00_0000_ffffu64.to_le_bytes());
+    put(ram, GDT + u64::from(KERNEL_DATA), &0x00cf_9300_0000_ffffu64.to_le_bytes());
     let level = cpl << 5;
-    let data = Segment { base: 0, limit: u32::MAX, attr: 0xc093 | level, selector: 0x10 | cpl };
+    let data = Segment { base: 0, limit: u32::MAX, attr: 0xc093 | level, selector: KERNEL_DATA | cpl };
     let mut state = VcpuState {
         rip: CODE,
         rflags: rflags::FIXED | rflags::IOPL,
@@ -223,7 +250,7 @@ pub fn long_mode(ram: &GuestRam, cpl: u16) -> VcpuState {
         cr4: cr4::PAE | cr4::OSFXSR | cr4::OSXMMEXCPT | cr4::OSXSAVE,
         efer: efer::LME | efer::LMA,
         xcr0: 7,
-        gdtr: DescriptorTable { base: GDT, limit: 0xf },
+        gdtr: DescriptorTable { base: GDT, limit: 0x17 },
         idtr: DescriptorTable { base: IDT, limit: 0xfff },
         seg: [data; 6],
         ..VcpuState::default()
