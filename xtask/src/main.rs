@@ -1,7 +1,11 @@
-//! Chores of the project: `cargo xtask bench` and `cargo xtask fuzz`.
+//! Chores of the project: `cargo xtask bench`, `cargo xtask fuzz` and `cargo xtask lab`.
 
 mod bench;
 mod fuzz;
+mod lab;
+mod running;
+#[path = "../../crates/cli/tests/boot/vmlinux.rs"]
+mod vmlinux;
 
 use std::process::ExitCode;
 
@@ -21,12 +25,15 @@ enum Chore {
     Bench(bench::Options),
     /// Runs the fuzz targets with inputs that libFuzzer mutates by coverage.
     Fuzz(fuzz::Options),
+    /// Runs tests of the KVM engine on hardware virtualization that QEMU emulates.
+    Lab(lab::Options),
 }
 
 fn main() -> ExitCode {
     let done = match Arguments::parse().chore {
         Chore::Bench(options) => bench::run(&options),
         Chore::Fuzz(options) => fuzz::run(&options),
+        Chore::Lab(options) => lab::run(&options),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

@@ -10,7 +10,8 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 
-use build::Materials;
+pub use build::Materials;
+pub use run::QEMU;
 use run::{CaseTime, Job, Outcome};
 
 /// What to run, and how often.

@@ -1,24 +1,21 @@
 //! One run of one peer: the process, what it prints and when.
 
 use std::fs;
-use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
-use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
+use std::process::{Command, Stdio};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 
 use super::build::{self, Materials};
 use super::{Options, Peer};
+use crate::running::Running;
 
 /// QEMU's program.
 pub const QEMU: &str = "qemu-system-x86_64";
 /// How the guest's RAM is named among the mappings of `ruse`.
 const GUEST_RAM: &str = "memfd:guest-ram";
-/// The lines that are shown when a run fails.
-const LAST_LINES: usize = 15;
 
 /// Whether QEMU is on this machine.
 pub fn qemu_is_here() -> bool {
@@ -99,7 +96,7 @@ impl<'a> Job<'a> {
         while let Some((_, line)) = run.next_line()? {
             if line.contains("GUEST-DONE") {
                 thread::sleep(Duration::from_millis(500));
-                return run.overhead_kib();
+                return overhead_kib(run.id());
             }
         }
         bail!("the guest ended early:\n{}", run.last_lines())
@@ -158,73 +155,11 @@ impl<'a> Job<'a> {
     }
 }
 
-/// A process whose lines come with the time at which they came.
-struct Running {
-    child: Child,
-    start: Instant,
-    deadline: Instant,
-    lines: Receiver<(Instant, String)>,
-    last: Vec<String>,
-}
-
-impl Running {
-    fn start(mut command: Command, timeout: u64) -> Result<Running> {
-        command.stdin(Stdio::null()).stdout(Stdio::piped());
-        let start = Instant::now();
-        let program = command.get_program().to_owned();
-        let mut child = command.spawn().with_context(|| format!("starting {}", program.display()))?;
-        let mut output = BufReader::new(child.stdout.take().expect("standard output is a pipe"));
-        let (sender, lines) = mpsc::channel();
-        thread::spawn(move || {
-            let mut line = Vec::new();
-            while output.read_until(b'\n', &mut line).is_ok_and(|count| count > 0) {
-                let text = String::from_utf8_lossy(&line).trim_end().to_owned();
-                if sender.send((Instant::now(), text)).is_err() {
-                    return;
-                }
-                line.clear();
-            }
-        });
-        Ok(Running { child, start, deadline: start + Duration::from_secs(timeout), lines, last: Vec::new() })
-    }
-
-    /// The next line, with the seconds since the start; nothing at the end of the output.
-    fn next_line(&mut self) -> Result<Option<(f64, String)>> {
-        match self.lines.recv_timeout(self.deadline.saturating_duration_since(Instant::now())) {
-            Ok((time, line)) => {
-                if self.last.len() == LAST_LINES {
-                    self.last.remove(0);
-                }
-                self.last.push(line.clone());
-                Ok(Some(((time - self.start).as_secs_f64(), line)))
-            }
-            Err(RecvTimeoutError::Disconnected) => Ok(None),
-            Err(RecvTimeoutError::Timeout) => Err(anyhow!("it takes too long:\n{}", self.last_lines())),
-        }
-    }
-
-    fn wait(&mut self) -> Result<(ExitStatus, f64)> {
-        let status = self.child.wait().context("waiting for its end")?;
-        Ok((status, self.start.elapsed().as_secs_f64()))
-    }
-
-    fn last_lines(&self) -> String {
-        self.last.join("\n")
-    }
-
-    fn overhead_kib(&self) -> Result<u64> {
-        let path = format!("/proc/{}/smaps", self.child.id());
-        let smaps = fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
-        Ok(resident_besides(&smaps, GUEST_RAM))
-    }
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        // Of a process that has ended there is nothing to end or to wait for.
-        self.child.kill().ok();
-        self.child.wait().ok();
-    }
+/// Resident memory of process `id` that is not guest RAM, in KiB.
+fn overhead_kib(id: u32) -> Result<u64> {
+    let path = format!("/proc/{id}/smaps");
+    let smaps = fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
+    Ok(resident_besides(&smaps, GUEST_RAM))
 }
 
 /// The sum of `Rss:` over the mappings whose path does not contain `name`, in KiB.

@@ -1,0 +1,115 @@
+//! The lab's kernel and initramfs: the default guest's, with KVM's modules and what is to be run.
+
+use std::env;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail, ensure};
+use ruse_guest::cpio::CpioWriter;
+use ruse_guest::deb::{self, Want};
+use ruse_guest::{DefaultGuest, GuestFiles, Initramfs, Module, Silent};
+
+use super::build::Programs;
+use crate::bench::Materials;
+use crate::vmlinux;
+
+/// Modules by path in a kernel's tree, in the order in which they have to be loaded.
+const MODULES: [&str; 3] = ["virt/lib/irqbypass.ko", "arch/x86/kvm/kvm.ko", "arch/x86/kvm/kvm-amd.ko"];
+
+/// What QEMU boots.
+pub struct Image {
+    /// The kernel.
+    pub kernel: PathBuf,
+    /// The initramfs.
+    pub initrd: PathBuf,
+}
+
+impl Image {
+    /// Makes the image, with these programs in it.
+    pub fn prepare(programs: &Programs) -> Result<Image> {
+        let guest = DefaultGuest::new()?.prepare(&mut Silent)?;
+        let materials = Materials::prepare(None)?;
+        let modules = modules(&guest)?;
+        let base = Initramfs { busybox: fs::read(&guest.busybox)?, modules };
+        let mut bytes = base.build()?;
+        // The kernel unpacks one archive after the other.
+        bytes.extend(payload(programs, &materials)?);
+        let initrd = directory()?.join("lab.cpio");
+        fs::write(&initrd, bytes).with_context(|| format!("writing {}", initrd.display()))?;
+        Ok(Image { kernel: guest.kernel, initrd })
+    }
+}
+
+/// The archive of what is run in the lab.
+fn payload(programs: &Programs, materials: &Materials) -> Result<Vec<u8>> {
+    let read = |path: &Path| fs::read(path).with_context(|| format!("reading {}", path.display()));
+    let mut archive = CpioWriter::new(Vec::new());
+    archive.directory("lab")?;
+    archive.directory("lab/tests")?;
+    archive.file("lab/cases", 0o644, include_bytes!("cases.sh"))?;
+    archive.file("lab/ruse", 0o755, &read(&programs.ruse)?)?;
+    for (name, path) in &programs.tests {
+        archive.file(&format!("lab/tests/{name}"), 0o755, &read(path)?)?;
+    }
+    let kernel = read(&materials.kernel)?;
+    archive.file("lab/vmlinux", 0o644, &vmlinux::extract(&kernel).context("no ELF file in the kernel")?)?;
+    archive.file("lab/bzimage", 0o644, &kernel)?;
+    archive.file("lab/guest.cpio.gz", 0o644, &read(&materials.initrd)?)?;
+    Ok(archive.finish()?)
+}
+
+/// KVM's modules for the guest's kernel, from its package, which is fetched once.
+fn modules(guest: &GuestFiles) -> Result<Vec<Module>> {
+    let directory = directory()?.join(&guest.release);
+    let name = |path: &str| path.rsplit('/').next().unwrap_or(path).to_owned();
+    if !MODULES.iter().all(|path| directory.join(name(path)).is_file()) {
+        let package = fetch(guest, &directory)?;
+        let wants: Vec<_> = MODULES
+            .iter()
+            .map(|path| {
+                let path_in = |root: &str| format!("{root}lib/modules/{}/kernel/{path}*", guest.release);
+                Want::new(&[&path_in(""), &path_in("usr/")], directory.join(name(path)))
+            })
+            .collect();
+        deb::extract(&package, &wants)?;
+        fs::remove_file(&package)?;
+    }
+    MODULES
+        .iter()
+        .map(|path| {
+            let name = name(path);
+            Ok(Module { content: fs::read(directory.join(&name))?, name })
+        })
+        .collect()
+}
+
+/// Fetches the package of the guest's kernel.
+fn fetch(guest: &GuestFiles, directory: &Path) -> Result<PathBuf> {
+    let described = guest.packages.iter().find(|package| package.starts_with("linux-"));
+    let (name, version) = described
+        .and_then(|package| package.split_once(' '))
+        .context("the default guest does not say which package its kernel is from")?;
+    eprintln!("fetching {name} {version}");
+    fs::create_dir_all(directory)?;
+    let output = Command::new("apt-get")
+        .args(["-q", "download", &format!("{name}={version}")])
+        .current_dir(directory)
+        .output()
+        .context("running apt-get")?;
+    if !output.status.success() {
+        bail!("apt-get download {name}={version}:\n{}", String::from_utf8_lossy(&output.stderr));
+    }
+    let files = fs::read_dir(directory)?.filter_map(|entry| Some(entry.ok()?.path()));
+    let mut packages: Vec<_> = files.filter(|path| path.extension().is_some_and(|e| e == "deb")).collect();
+    ensure!(packages.len() == 1, "not one package in {}: {packages:?}", directory.display());
+    Ok(packages.remove(0))
+}
+
+/// Where the lab is built, beside other things that cargo builds.
+pub fn directory() -> Result<PathBuf> {
+    let this = env::current_exe().context("finding this program")?;
+    let directory = this.ancestors().nth(2).context("finding this program's directory")?.join("lab");
+    fs::create_dir_all(&directory)?;
+    Ok(directory)
+}

@@ -1,0 +1,70 @@
+//! Tests of the KVM engine on hardware virtualization, for hosts that have none: QEMU emulates an AMD CPU with nested
+//! paging, on that runs Debian's kernel with its own kvm-amd, and in there Ruse.
+
+mod build;
+mod image;
+mod run;
+
+use anyhow::{Result, bail};
+use clap::Args;
+
+use build::Programs;
+use image::Image;
+use run::Outcome;
+
+/// Boots of the stock kernel to the benchmark guest's init: the kernel's form and the guest's CPUs.
+const BOOTS: [&str; 4] = ["bzimage-1", "bzimage-2", "vmlinux-1", "vmlinux-2"];
+
+/// What to run in the lab.
+#[derive(Args)]
+pub struct Options {
+    /// Cases, separated by commas; without any, all. An unknown one lists them.
+    #[arg(long = "case", value_delimiter = ',')]
+    cases: Vec<String>,
+    /// Seconds that all of it may take.
+    #[arg(long, default_value_t = 1500)]
+    timeout: u64,
+    /// Shows all that the lab prints.
+    #[arg(short, long)]
+    verbose: bool,
+}
+
+/// Builds the lab, runs the cases in it and prints how each ended.
+pub fn run(options: &Options) -> Result<()> {
+    let programs = Programs::build()?;
+    let cases = choose(&programs.tests.iter().map(|(name, _)| &**name).collect::<Vec<_>>(), &options.cases)?;
+    let image = Image::prepare(&programs)?;
+    let outcomes = run::run(&image, &cases, options)?;
+    println!("{:24} {:8} {:>8}  what it says", "case", "result", "seconds");
+    for Outcome { name, passed, seconds, says } in &outcomes {
+        let result = if *passed { "passed" } else { "FAILED" };
+        println!("{name:24} {result:8} {seconds:8.1}  {says}");
+    }
+    match outcomes.iter().filter(|outcome| !outcome.passed).count() + cases.len() - outcomes.len() {
+        0 => Ok(()),
+        failed => bail!("{failed} of {} cases failed", cases.len()),
+    }
+}
+
+/// The cases to run, in the order in which they are known.
+fn choose<'a>(tests: &[&'a str], wanted: &[String]) -> Result<Vec<&'a str>> {
+    let all: Vec<&str> = tests.iter().copied().chain(BOOTS).collect();
+    if let Some(unknown) = wanted.iter().find(|name| !all.contains(&name.as_str())) {
+        bail!("there is no case '{unknown}'; there are: {}", all.join(", "));
+    }
+    Ok(all.into_iter().filter(|name| wanted.is_empty() || wanted.iter().any(|w| w == name)).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cases_are_chosen_by_name() {
+        let wanted = ["vmlinux-2".to_owned(), "vcpu".to_owned()];
+        assert_eq!(choose(&["vcpu", "moves"], &wanted).unwrap(), ["vcpu", "vmlinux-2"]);
+        assert_eq!(choose(&["vcpu"], &[]).unwrap().len(), 1 + BOOTS.len());
+        let error = choose(&["vcpu"], &["vpcu".to_owned()]).unwrap_err().to_string();
+        assert!(error.contains("'vpcu'") && error.contains("bzimage-1"), "{error}");
+    }
+}

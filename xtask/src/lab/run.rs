@@ -1,0 +1,99 @@
+//! One run of the lab: QEMU, and what the cases print.
+
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, ensure};
+use ruse_guest::{EXIT_MARK, run_argument};
+
+use super::Options;
+use super::image::Image;
+use crate::bench::QEMU;
+use crate::running::Running;
+
+/// How a case ended.
+pub struct Outcome {
+    /// The case.
+    pub name: String,
+    /// Whether it did what it should.
+    pub passed: bool,
+    /// How long it took.
+    pub seconds: f64,
+    /// What it says of itself.
+    pub says: String,
+}
+
+/// A case that runs.
+struct Case {
+    name: String,
+    begun: f64,
+    lines: Vec<String>,
+    says: Vec<String>,
+}
+
+/// Runs the cases.
+pub fn run(image: &Image, cases: &[&str], options: &Options) -> Result<Vec<Outcome>> {
+    let mut command = command(image, cases);
+    // It complains of each feature of the CPU that it does not emulate.
+    command.stderr(if options.verbose { Stdio::inherit() } else { Stdio::null() });
+    let mut lab = Running::start(command, options.timeout)?;
+    let (mut outcomes, mut case): (_, Option<Case>) = (Vec::new(), None);
+    let mut ended = false;
+    while let Some((at, line)) = lab.next_line()? {
+        if options.verbose {
+            println!("{at:8.2} {line}");
+        }
+        if let Some((_, name)) = line.split_once("LAB-BEGIN ") {
+            eprintln!("{at:8.1} s: {name}");
+            case = Some(Case { name: name.into(), begun: at, lines: Vec::new(), says: Vec::new() });
+        } else if let Some((_, status)) = line.split_once("LAB-END ") {
+            let case = case.take().context("a case ends that has not begun")?;
+            outcomes.push(case.end(at, status == "0", options));
+        } else if let Some(case) = &mut case {
+            case.hear(at, line);
+        } else {
+            ended |= line.contains(EXIT_MARK);
+        }
+    }
+    ensure!(ended, "the lab did not come to its end:\n{}", lab.last_lines());
+    Ok(outcomes)
+}
+
+/// The emulated machine: a CPU with AMD-V and nested paging.
+fn command(image: &Image, cases: &[&str]) -> Command {
+    let script = format!("exec sh /lab/cases {}", cases.join(" "));
+    let mut command = Command::new(QEMU);
+    command.args(["-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", "EPYC,+svm,+npt"]);
+    command.args(["-smp", "2", "-m", "2048", "-nodefaults", "-no-user-config", "-display", "none"]);
+    command.args(["-no-reboot", "-serial", "stdio"]).arg("-kernel").arg(&image.kernel);
+    command.arg("-initrd").arg(&image.initrd);
+    command.args(["-append", &format!("console=ttyS0 quiet panic=-1 {}", run_argument(&script))]);
+    command
+}
+
+impl Case {
+    /// Takes a line that the case has printed.
+    fn hear(&mut self, at: f64, line: String) {
+        let after = at - self.begun;
+        if line.contains("GUEST-UP") {
+            let cpus = line.split_whitespace().find(|word| word.starts_with("cpus=")).unwrap_or("");
+            self.says.push(format!("up after {after:.1} s, {cpus}"));
+        } else if let Some(result) = line.strip_prefix("test result: ") {
+            self.says.push(result.split("; 0 measured").next().unwrap_or(result).to_owned());
+        } else if let Some((_, figure)) = line.split_once("FIGURE ") {
+            self.says.push(figure.to_owned());
+        }
+        self.lines.push(line);
+    }
+
+    /// The case has ended. A kernel's boot has to get to a system with all its CPUs.
+    fn end(self, at: f64, status_is_zero: bool, options: &Options) -> Outcome {
+        let says = self.says.join("; ");
+        let boots = super::BOOTS.contains(&&*self.name);
+        let cpus = self.name.rsplit('-').next().unwrap_or_default();
+        let passed = status_is_zero && (!boots || says.ends_with(&format!("cpus={cpus}")));
+        if !passed && !options.verbose {
+            eprintln!("{}", self.lines.join("\n"));
+        }
+        Outcome { name: self.name, passed, seconds: at - self.begun, says }
+    }
+}
