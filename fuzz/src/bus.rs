@@ -106,6 +106,4 @@ impl Bus for FuzzBus {
     fn set_apic_msr(&self, _: u32, _: u32, _: u64) -> Result<(), MsrFault> {
         if self.next() & 1 == 0 { Ok(()) } else { Err(MsrFault) }
     }
-    fn apic_init(&self, _: u32) {}
-    fn x87_error(&self, _: u32) {}
 }

@@ -56,7 +56,6 @@ mod tests {
         MpState,
         state::{reg, seg},
     };
-    use ruse_engine::MsrFault;
     use vm_memory::{Bytes, GuestAddress};
 
     use super::*;
@@ -74,28 +73,6 @@ mod tests {
         fn pio_write(&self, _: u32, port: u16, data: &[u8]) {
             self.0.lock().unwrap().push((port, data[0]));
         }
-        fn mmio_read(&self, _: u32, _: u64, data: &mut [u8]) {
-            data.fill(0xff);
-        }
-        fn mmio_write(&self, _: u32, _: u64, _: &[u8]) {}
-        fn interrupt_pending(&self, _: u32) -> bool {
-            false
-        }
-        fn acknowledge_interrupt(&self, _: u32) -> Option<u8> {
-            None
-        }
-        fn cr8(&self, _: u32) -> u8 {
-            0
-        }
-        fn set_cr8(&self, _: u32, _: u8) {}
-        fn apic_msr(&self, _: u32, _: u32) -> Result<u64, MsrFault> {
-            Err(MsrFault)
-        }
-        fn set_apic_msr(&self, _: u32, _: u32, _: u64) -> Result<(), MsrFault> {
-            Err(MsrFault)
-        }
-        fn apic_init(&self, _: u32) {}
-        fn x87_error(&self, _: u32) {}
     }
 
     /// A finisher before code in real mode.

@@ -12,7 +12,7 @@ use ruse_arch::{
     flags::{cr0, cr4, efer, rflags},
     state::{reg, seg},
 };
-use ruse_engine::{Bus, Clock, Engine, EngineError, Halt, MsrFault, VcpuHandle};
+use ruse_engine::{Bus, Clock, Engine, EngineError, Halt, VcpuHandle};
 use ruse_memory::GuestRam;
 
 use crate::KvmEngine;
@@ -57,9 +57,6 @@ struct Stopwatch {
 }
 
 impl Bus for Stopwatch {
-    fn pio_read(&self, _: u32, _: u16, data: &mut [u8]) {
-        data.fill(0xff);
-    }
     fn pio_write(&self, _: u32, _: u16, _: &[u8]) {
         let mut times = self.times.lock().unwrap_or_else(PoisonError::into_inner);
         times.push(Instant::now());
@@ -67,28 +64,6 @@ impl Bus for Stopwatch {
             self.handle.kick();
         }
     }
-    fn mmio_read(&self, _: u32, _: u64, data: &mut [u8]) {
-        data.fill(0xff);
-    }
-    fn mmio_write(&self, _: u32, _: u64, _: &[u8]) {}
-    fn interrupt_pending(&self, _: u32) -> bool {
-        false
-    }
-    fn acknowledge_interrupt(&self, _: u32) -> Option<u8> {
-        None
-    }
-    fn cr8(&self, _: u32) -> u8 {
-        0
-    }
-    fn set_cr8(&self, _: u32, _: u8) {}
-    fn apic_msr(&self, _: u32, _: u32) -> Result<u64, MsrFault> {
-        Err(MsrFault)
-    }
-    fn set_apic_msr(&self, _: u32, _: u32, _: u64) -> Result<(), MsrFault> {
-        Err(MsrFault)
-    }
-    fn apic_init(&self, _: u32) {}
-    fn x87_error(&self, _: u32) {}
 }
 
 /// Long mode over two identity-mapped megabytes: CPUs without "unrestricted guest" emulate the modes before.

@@ -10,7 +10,7 @@ use ruse_arch::{
     flags::{cr0, cr4, efer, rflags},
     state::{reg, seg},
 };
-use ruse_engine::{Bus, Clock, CpuidEntry, CpuidTable, MsrFault};
+use ruse_engine::{Bus, Clock, CpuidEntry, CpuidTable};
 use ruse_memory::GuestRam;
 
 use crate::{
@@ -32,34 +32,7 @@ pub const GDT: u64 = 0x5000;
 /// A machine with nothing in it.
 pub struct NullBus;
 
-impl Bus for NullBus {
-    fn pio_read(&self, _: u32, _: u16, data: &mut [u8]) {
-        data.fill(0xff);
-    }
-    fn pio_write(&self, _: u32, _: u16, _: &[u8]) {}
-    fn mmio_read(&self, _: u32, _: u64, data: &mut [u8]) {
-        data.fill(0xff);
-    }
-    fn mmio_write(&self, _: u32, _: u64, _: &[u8]) {}
-    fn interrupt_pending(&self, _: u32) -> bool {
-        false
-    }
-    fn acknowledge_interrupt(&self, _: u32) -> Option<u8> {
-        None
-    }
-    fn cr8(&self, _: u32) -> u8 {
-        0
-    }
-    fn set_cr8(&self, _: u32, _: u8) {}
-    fn apic_msr(&self, _: u32, _: u32) -> Result<u64, MsrFault> {
-        Err(MsrFault)
-    }
-    fn set_apic_msr(&self, _: u32, _: u32, _: u64) -> Result<(), MsrFault> {
-        Err(MsrFault)
-    }
-    fn apic_init(&self, _: u32) {}
-    fn x87_error(&self, _: u32) {}
-}
+impl Bus for NullBus {}
 
 /// A CPU and its RAM.
 pub struct Machine {

@@ -13,7 +13,7 @@ use ruse_dbt::{
     cpuid,
     mmu::{Mmu, watch::CodeMap},
 };
-use ruse_engine::{Bus, Clock, MsrFault};
+use ruse_engine::{Bus, Clock};
 use ruse_memory::GuestRam;
 
 use crate::case::{CODE, CODE_BYTES, Case, GS_BASE, NONE, Outcome, WINDOW, WINDOW_BYTES, digest};
@@ -29,34 +29,7 @@ const CODE_PAGES: u64 = 0x2_0000;
 /// A machine with nothing in it.
 pub struct NullBus;
 
-impl Bus for NullBus {
-    fn pio_read(&self, _: u32, _: u16, data: &mut [u8]) {
-        data.fill(0xff);
-    }
-    fn pio_write(&self, _: u32, _: u16, _: &[u8]) {}
-    fn mmio_read(&self, _: u32, _: u64, data: &mut [u8]) {
-        data.fill(0xff);
-    }
-    fn mmio_write(&self, _: u32, _: u64, _: &[u8]) {}
-    fn interrupt_pending(&self, _: u32) -> bool {
-        false
-    }
-    fn acknowledge_interrupt(&self, _: u32) -> Option<u8> {
-        None
-    }
-    fn cr8(&self, _: u32) -> u8 {
-        0
-    }
-    fn set_cr8(&self, _: u32, _: u8) {}
-    fn apic_msr(&self, _: u32, _: u32) -> Result<u64, MsrFault> {
-        Err(MsrFault)
-    }
-    fn set_apic_msr(&self, _: u32, _: u32, _: u64) -> Result<(), MsrFault> {
-        Err(MsrFault)
-    }
-    fn apic_init(&self, _: u32) {}
-    fn x87_error(&self, _: u32) {}
-}
+impl Bus for NullBus {}
 
 /// The state of a CPU in 64-bit mode at CPL 3, as a program of a usual system has it.
 fn user_state() -> VcpuState {

@@ -17,7 +17,7 @@ use ruse_arch::{
     flags::{cr0, cr4, efer, rflags},
     state::{reg, seg},
 };
-use ruse_engine::{Bus, Clock, Engine, Halt, MsrFault, Vcpu, VcpuHandle, Vm};
+use ruse_engine::{Bus, Clock, Engine, Halt, Vcpu, VcpuHandle, Vm};
 use ruse_kvm::KvmEngine;
 use ruse_memory::GuestRam;
 use vm_memory::{Bytes, GuestAddress};
@@ -137,21 +137,9 @@ impl Bus for Recorder {
         }
         self.offered.lock().unwrap().pop_front()
     }
-    fn cr8(&self, _: u32) -> u8 {
-        0
-    }
-    fn set_cr8(&self, _: u32, _: u8) {}
-    fn apic_msr(&self, _: u32, _: u32) -> Result<u64, MsrFault> {
-        Err(MsrFault)
-    }
-    fn set_apic_msr(&self, _: u32, _: u32, _: u64) -> Result<(), MsrFault> {
-        Err(MsrFault)
-    }
-    fn apic_init(&self, _: u32) {}
     fn end_of_interrupt(&self, vector: u8) {
         self.ends.lock().unwrap().push(vector);
     }
-    fn x87_error(&self, _: u32) {}
 }
 
 /// RAM, a VM over it, and its first vCPU.

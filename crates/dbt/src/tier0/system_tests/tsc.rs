@@ -14,19 +14,7 @@ struct Timer(AtomicU64);
 
 impl Bus for Timer {
     fn pio_read(&self, _: u32, _: u16, _: &mut [u8]) {}
-    fn pio_write(&self, _: u32, _: u16, _: &[u8]) {}
     fn mmio_read(&self, _: u32, _: u64, _: &mut [u8]) {}
-    fn mmio_write(&self, _: u32, _: u64, _: &[u8]) {}
-    fn interrupt_pending(&self, _: u32) -> bool {
-        false
-    }
-    fn acknowledge_interrupt(&self, _: u32) -> Option<u8> {
-        None
-    }
-    fn cr8(&self, _: u32) -> u8 {
-        0
-    }
-    fn set_cr8(&self, _: u32, _: u8) {}
     fn apic_msr(&self, _: u32, number: u32) -> Result<u64, MsrFault> {
         if number == msr::TSC_DEADLINE { Ok(self.0.load(Ordering::SeqCst)) } else { Err(MsrFault) }
     }
@@ -35,8 +23,6 @@ impl Bus for Timer {
         self.0.store(value, Ordering::SeqCst);
         Ok(())
     }
-    fn apic_init(&self, _: u32) {}
-    fn x87_error(&self, _: u32) {}
 }
 
 #[test]
