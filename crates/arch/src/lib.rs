@@ -15,4 +15,4 @@ pub mod state;
 pub use exception::Exception;
 pub use lapic::LapicState;
 pub use segment::{DescriptorTable, Segment};
-pub use state::{FpuState, MpState, VcpuState};
+pub use state::{FpuState, MpState, Paravirt, VcpuState};

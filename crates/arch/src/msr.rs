@@ -68,3 +68,14 @@ pub const GS_BASE: u32 = 0xc000_0101;
 pub const KERNEL_GS_BASE: u32 = 0xc000_0102;
 /// What RDTSCP and RDPID return.
 pub const TSC_AUX: u32 = 0xc000_0103;
+
+/// KVM: where the guest's clock is written to.
+pub const KVM_SYSTEM_TIME: u32 = 0x4b56_4d01;
+/// KVM: asynchronous page faults.
+pub const KVM_ASYNC_PF: u32 = 0x4b56_4d02;
+/// KVM: stolen time.
+pub const KVM_STEAL_TIME: u32 = 0x4b56_4d03;
+/// KVM: ends of interrupts without an exit.
+pub const KVM_EOI: u32 = 0x4b56_4d04;
+/// KVM: the vector of asynchronous page faults that are ready.
+pub const KVM_ASYNC_PF_VECTOR: u32 = 0x4b56_4d06;

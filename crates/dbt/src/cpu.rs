@@ -9,7 +9,7 @@ use std::{
 };
 
 use ruse_arch::{
-    DescriptorTable, Exception, MpState, Segment, VcpuState,
+    DescriptorTable, Exception, MpState, Paravirt, Segment, VcpuState,
     flags::{cr0, cr4, efer, rflags},
     paging::{PagingMode, Privilege},
     state::{reg, seg},
@@ -565,6 +565,7 @@ impl Cpu {
             mtrr_fixed: self.mtrr_fixed,
             mtrr_variable: self.mtrr_variable,
             tsc: self.tsc(),
+            paravirt: Paravirt::default(),
             mp_state: self.mp_state,
             interrupt_shadow: self.interrupt_shadow,
             nmi_blocked: self.nmi_blocked,

@@ -52,6 +52,7 @@ impl SingleStepper {
         let mut after = self.cpu.save_state();
         // What this CPU does not have passes through.
         after.lapic.clone_from(&state.lapic);
+        after.paravirt = state.paravirt;
         after.tsc = 0;
         if !ok {
             after.mp_state = MpState::Shutdown;

@@ -38,7 +38,7 @@ fn take_interrupts(a: &mut CodeAssembler, number: u32) {
 }
 
 /// A machine before a program in real mode, whose interrupts of these vectors say their number. The local APIC is enabled.
-fn real(vectors: &[u8], program: impl FnOnce(&mut CodeAssembler)) -> Option<(Rig, VcpuState)> {
+fn real(vectors: &[u8], program: impl FnOnce(&mut CodeAssembler)) -> Option<Rig> {
     let mut rig = Rig::new(&kvm()?);
     let mut state = real_mode();
     state.lapic = Some(rig.enabled_lapic());
@@ -53,9 +53,8 @@ fn real(vectors: &[u8], program: impl FnOnce(&mut CodeAssembler)) -> Option<(Rig
         rig.put(at, &handler);
         rig.put(4 * u64::from(vector), &(at as u32).to_le_bytes());
     }
-    state.idtr.base = 0;
     rig.vcpu.set_state(&state).unwrap();
-    Some((rig, state))
+    Some(rig)
 }
 
 /// Says 1, halts with interrupts on, and says 2 when something has woken it.
@@ -70,7 +69,7 @@ fn halt_once(a: &mut CodeAssembler) {
 
 #[test]
 fn an_interrupt_of_the_8259s_waits_until_the_guest_takes_it() {
-    let Some((mut rig, _)) = real(&[0x30], |a| {
+    let Some(mut rig) = real(&[0x30], |a| {
         a.cli().unwrap();
         say(a, 1);
         say(a, 2);
@@ -91,7 +90,7 @@ fn an_interrupt_of_the_8259s_waits_until_the_guest_takes_it() {
 
 #[test]
 fn interrupts_of_the_8259s_come_one_after_the_other() {
-    let Some((mut rig, _)) = real(&[0x30, 0x31], |a| {
+    let Some(mut rig) = real(&[0x30, 0x31], |a| {
         a.cli().unwrap();
         say(a, 1);
         take_interrupts(a, 2);
@@ -111,7 +110,7 @@ fn interrupts_of_the_8259s_come_one_after_the_other() {
 
 #[test]
 fn an_interrupt_of_the_8259s_wakes_a_vcpu_that_halts() {
-    let Some((mut rig, _)) = real(&[0x30], halt_once) else { return };
+    let Some(mut rig) = real(&[0x30], halt_once) else { return };
     let bus = Arc::new(Recorder::default());
     let device = thread::spawn({
         let bus = bus.clone();
@@ -129,7 +128,7 @@ fn an_interrupt_of_the_8259s_wakes_a_vcpu_that_halts() {
 
 #[test]
 fn a_message_wakes_a_vcpu_that_halts() {
-    let Some((mut rig, _)) = real(&[0x40], halt_once) else { return };
+    let Some(mut rig) = real(&[0x40], halt_once) else { return };
     let vm = rig.vm.clone();
     let bus = Recorder::with_hook(move |_, value| {
         if value == 1 {
@@ -147,7 +146,7 @@ fn a_message_wakes_a_vcpu_that_halts() {
 
 #[test]
 fn an_nmi_comes_with_interrupts_off() {
-    let Some((mut rig, _)) = real(&[2], |a| {
+    let Some(mut rig) = real(&[2], |a| {
         a.cli().unwrap();
         say(a, 1);
         a.hlt().unwrap();
@@ -179,7 +178,7 @@ fn the_state_has_an_interrupt_that_was_acknowledged_but_has_not_arrived() {
         say(a, 2);
         end(a).unwrap();
     };
-    let Some((mut rig, _)) = real(&[0x30], program) else { return };
+    let Some(mut rig) = real(&[0x30], program) else { return };
     let offer = |bus: &Recorder, value| {
         if value == 1 {
             bus.offered.lock().unwrap().push_back(0x30);
@@ -192,7 +191,7 @@ fn the_state_has_an_interrupt_that_was_acknowledged_but_has_not_arrived() {
     let state = rig.vcpu.state().unwrap();
     assert_eq!(state.interrupt, Some(0x30));
     // It arrives here, and in another vCPU with this state.
-    let Some((mut other, _)) = real(&[0x30], program) else { return };
+    let Some(mut other) = real(&[0x30], program) else { return };
     other.vcpu.set_state(&state).unwrap();
     for vcpu in [rig.vcpu, other.vcpu].iter_mut() {
         let bus = Recorder::default();
@@ -260,9 +259,8 @@ fn the_end_of_a_level_triggered_interrupt_comes_back() {
 
 #[test]
 fn an_exception_that_cannot_be_delivered_is_a_triple_fault() {
-    let Some((mut rig, mut state)) = real(&[], |a| a.ud2().unwrap()) else { return };
-    state.idtr.limit = 0;
-    rig.vcpu.set_state(&state).unwrap();
+    // The table of gates is empty.
+    let Some(mut rig) = long(&[], |a| a.ud2().unwrap()) else { return };
     assert_eq!(rig.vcpu.run(&Recorder::default()).unwrap(), Halt::TripleFault);
 }
 

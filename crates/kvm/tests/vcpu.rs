@@ -7,7 +7,7 @@ use ruse_arch::{
     Segment, VcpuState,
     state::{reg, seg},
 };
-use ruse_engine::Halt;
+use ruse_engine::{Engine, Halt};
 use support::*;
 
 /// A machine in real mode before a program, after which comes its end.
@@ -124,6 +124,41 @@ fn a_state_comes_back_as_it_was_set() {
     (found.spec_ctrl, found.misc_enable) = (state.spec_ctrl, state.misc_enable);
     found.tsc_aux = state.tsc_aux;
     assert_eq!(found, state);
+}
+
+#[test]
+fn a_reset_ends_what_the_guest_has_asked_kvm_to_write_to_its_memory() {
+    const CLOCK: u64 = 1 << 3;
+    let Some(engine) = kvm() else { return };
+    if u64::from(engine.supported_cpuid().get(0x4000_0001, 0)[0]) & CLOCK == 0 {
+        println!("skipped: this KVM has no clock for guests");
+        return;
+    }
+    let mut rig = Rig::new(&engine);
+    let mut state = long_mode(&rig.ram, 0);
+    state.paravirt.system_time = 0x5001;
+    rig.vcpu.set_state(&state).unwrap();
+    assert_eq!(rig.vcpu.state().unwrap().paravirt, state.paravirt);
+    rig.vcpu.set_state(&VcpuState::default()).unwrap();
+    assert_eq!(rig.vcpu.state().unwrap().paravirt.system_time, 0);
+}
+
+#[test]
+fn components_that_the_guest_enables_are_in_the_state() {
+    let Some(engine) = kvm() else { return };
+    let mut rig = Rig::new(&engine);
+    let state = VcpuState { xcr0: 1, ..long_mode(&rig.ram, 0) };
+    let code = assemble(64, CODE, |a| {
+        a.xor(ecx, ecx).unwrap();
+        a.xor(edx, edx).unwrap();
+        a.mov(eax, 3).unwrap();
+        a.xsetbv().unwrap();
+        end(a).unwrap();
+    });
+    rig.put(CODE, &code);
+    rig.vcpu.set_state(&state).unwrap();
+    Recorder::default().run(&mut *rig.vcpu);
+    assert_eq!(rig.vcpu.state().unwrap().xcr0, 3);
 }
 
 #[test]

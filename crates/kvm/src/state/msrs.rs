@@ -38,13 +38,18 @@ fn element(state: &mut VcpuState, index: u32) -> Option<&mut u64> {
         msr::SPEC_CTRL => &mut state.spec_ctrl,
         msr::MTRR_DEF_TYPE => &mut state.mtrr_def_type,
         msr::TSC => &mut state.tsc,
+        msr::KVM_SYSTEM_TIME => &mut state.paravirt.system_time,
+        msr::KVM_ASYNC_PF => &mut state.paravirt.async_pf,
+        msr::KVM_ASYNC_PF_VECTOR => &mut state.paravirt.async_pf_vector,
+        msr::KVM_STEAL_TIME => &mut state.paravirt.steal_time,
+        msr::KVM_EOI => &mut state.paravirt.eoi,
         _ => return None,
     })
 }
 
 /// MSRs of a state. KVM's list leaves the MTRRs out.
 fn indices(known: &[u32]) -> impl Iterator<Item = u32> {
-    const LISTED: [u32; 14] = [
+    const LISTED: [u32; 19] = [
         msr::STAR,
         msr::LSTAR,
         msr::CSTAR,
@@ -59,6 +64,12 @@ fn indices(known: &[u32]) -> impl Iterator<Item = u32> {
         msr::MISC_ENABLE,
         msr::SPEC_CTRL,
         msr::TSC,
+        msr::KVM_SYSTEM_TIME,
+        // Before what they serve is switched on.
+        msr::KVM_ASYNC_PF_VECTOR,
+        msr::KVM_ASYNC_PF,
+        msr::KVM_STEAL_TIME,
+        msr::KVM_EOI,
     ];
     let mtrrs = [msr::MTRR_DEF_TYPE, msr::MTRR_FIX64K_00000, 0x258, 0x259]
         .into_iter()
@@ -123,7 +134,7 @@ mod tests {
 
     #[test]
     fn every_msr_has_an_element_of_its_own() {
-        let known = [msr::STAR, msr::TSC, msr::PAT, msr::SPEC_CTRL];
+        let known = [msr::STAR, msr::TSC, msr::PAT, msr::SPEC_CTRL, msr::KVM_SYSTEM_TIME, msr::KVM_EOI];
         let mut state = VcpuState::default();
         let all: Vec<_> = indices(&known).collect();
         assert_eq!(all.len(), known.len() + 1 + 11 + 16);
