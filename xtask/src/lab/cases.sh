@@ -1,12 +1,33 @@
 # The cases of the KVM lab, run inside it: cases NAME...
-# A case is the boot of a kernel (bzimage-CPUS, vmlinux-CPUS) or a test program.
+# A case is the boot of a kernel (bzimage-CPUS, vmlinux-CPUS), one that reboots in between (reboot-CPUS) or a test program.
 cd /lab || exit
 export RUSE_NEED_KVM=1
 
-# A quiet console: each exit of the guest costs a lot here.
+# boot KERNEL CPUS [WORDS]. A quiet console: each exit of the guest costs a lot here.
 boot() {
     timeout 300 ./ruse run --accel kvm --kernel "$1" --initrd guest.cpio.gz --memory 256M --cpus "$2" \
-        --cmdline 'console=ttyS0 quiet panic=-1 bench=none'
+        --cmdline "console=ttyS0 quiet panic=-1 bench=none $3"
+}
+
+# Waits until the guest has come up so many times; false if it ends before.
+await() {
+    until [ "$(grep -c GUEST-DONE /tmp/log)" = "$1" ]; do
+        sleep 1
+        kill -0 $guest || return
+    done
+    sleep 2
+}
+
+# Its shell is told to reboot, and the next one to power off.
+reboot() {
+    mkfifo /tmp/keys
+    boot vmlinux "$1" shell < /tmp/keys > /tmp/log &
+    guest=$!
+    exec 3> /tmp/keys
+    await 1 && echo '/bin/busybox reboot -f' >&3 && await 2 && echo '/bin/busybox poweroff -f' >&3 && wait $guest
+    status=$?
+    cat /tmp/log
+    return $status
 }
 
 # QEMU 7 does not intercept XSETBV, so that KVM does not learn of it.
@@ -18,6 +39,7 @@ for name; do
     echo "LAB-BEGIN $name"
     case $name in
         bzimage-* | vmlinux-*) boot "${name%-*}" "${name#*-}" ;;
+        reboot-*) reboot "${name#*-}" ;;
         *) run_tests "$name" ;;
     esac < /dev/null
     echo "LAB-END $?"

@@ -12,8 +12,8 @@ use build::Programs;
 use image::Image;
 use run::Outcome;
 
-/// Boots of the stock kernel to the benchmark guest's init: the kernel's form and the guest's CPUs.
-const BOOTS: [&str; 4] = ["bzimage-1", "bzimage-2", "vmlinux-1", "vmlinux-2"];
+/// Boots of the stock kernel to the benchmark guest's init: the kernel's form and the guest's CPUs. The last one reboots.
+const BOOTS: [&str; 5] = ["bzimage-1", "bzimage-2", "vmlinux-1", "vmlinux-2", "reboot-2"];
 
 /// What to run in the lab.
 #[derive(Args)]
