@@ -250,10 +250,10 @@ fn check(cpl: u16, moves: usize) {
 
 #[test]
 fn a_user_program_that_moves_comes_out_right() {
-    check(3, 100);
+    check(3, 25);
 }
 
 #[test]
 fn a_kernel_that_moves_comes_out_right() {
-    check(0, 100);
+    check(0, 25);
 }

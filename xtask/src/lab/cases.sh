@@ -1,7 +1,7 @@
 # The cases of the KVM lab, run inside it: cases NAME...
 # A case is the boot of a kernel (bzimage-CPUS, vmlinux-CPUS), one that reboots in between (reboot-CPUS) or a test program.
 cd /lab || exit
-export RUSE_NEED_KVM=1
+export RUSE_NEED_KVM=1 RUSE_MOVES=100
 
 # boot KERNEL CPUS [WORDS]. A quiet console: each exit of the guest costs a lot here.
 boot() {
