@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use kvm_ioctls::{Cap, Kvm};
+use kvm_ioctls::Kvm;
 use ruse_engine::{Capabilities, Clock, CpuidTable, Engine, EngineError, Vm};
 use ruse_memory::GuestRam;
 
@@ -47,8 +47,6 @@ impl Engine for KvmEngine {
 
     fn create_vm(&self, ram: GuestRam, clock: Arc<Clock>) -> Result<Arc<dyn Vm>, EngineError> {
         let with_sregs2 = self.kvm.check_extension_raw(u64::from(kvm_bindings::KVM_CAP_SREGS2)) > 0;
-        let coalesced = self.kvm.check_extension(Cap::CoalescedMmio);
-        tracing::debug!(with_sregs2, coalesced, "KVM's capabilities");
         Ok(Arc::new(KvmVm::new(&self.kvm, ram, clock, with_sregs2)?))
     }
 }

@@ -73,7 +73,7 @@ pub struct Source {
     pub second: Option<u64>,
 }
 
-/// No link, no block, no page: indices and host addresses never are this.
+/// No link, no block: indices never are this.
 const NONE: u32 = u32::MAX;
 
 /// A translated region. There are many: kept small.

@@ -56,18 +56,17 @@ pub unsafe extern "C" fn slow_access(cpu: u64, va: u64, kind: u64, pc: u64) -> u
     0
 }
 
-/// Tier 0 executes the instruction at `rip` in the middle of a region: 1 if the region goes on, 0 if it is left for the
-/// address in [`Cpu::exit_value`].
+/// Tier 0 executes the instruction of `len` bytes at `rip` in the middle of a region: 1 if the region goes on, 0 if it is
+/// left for the address in [`Cpu::exit_value`].
 ///
 /// # Safety
 /// Called by generated code only, with the address of the running vCPU's block.
-pub unsafe extern "C" fn step(cpu: u64, rip: u64) -> u64 {
+pub unsafe extern "C" fn step(cpu: u64, rip: u64, len: u64) -> u64 {
     // SAFETY: as in `slow_access`.
     let cpu = unsafe { &mut *(cpu as *mut Cpu) };
     cpu.select_view();
     cpu.rip = rip;
     cpu.rflags = cpu.rflags & !rflags::ARITH | cpu.arith & rflags::ARITH;
-    let next = tier0::decode(cpu).map(|insn| insn.next);
     let done = match tier0::step(cpu) {
         Ok(()) => true,
         Err(fault) => {
@@ -79,7 +78,7 @@ pub unsafe extern "C" fn step(cpu: u64, rip: u64) -> u64 {
     cpu.arith = cpu.rflags & rflags::ARITH | rflags::FIXED;
     cpu.exit_value = cpu.rip;
     // What the instruction wrote may be the code behind it.
-    u64::from(done && next == Ok(cpu.rip) && cpu.written_code.is_empty())
+    u64::from(done && cpu.rip == rip.wrapping_add(len) && cpu.written_code.is_empty())
 }
 
 /// Reads bytes from two pages of RAM into the bounce buffer, at an address of the same alignment.

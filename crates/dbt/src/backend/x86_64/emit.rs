@@ -10,16 +10,13 @@ use super::{
         host::{GUEST_RSP, T0, T1},
     },
     block, home,
-    thunks::Thunks,
+    thunks::{JUMP_HOST, Thunks, probe_jumps},
 };
 use crate::{
     frontend::x86_64::ARITH,
     ir::{ACCESS_SIZES, MemUse, Node, Op, Region, Value},
-    mmu::tlb::{JUMPS, Jump},
 };
 
-/// Where a jump cache's entry has the address of host code.
-const JUMP_HOST: i32 = std::mem::offset_of!(Jump, host) as i32;
 /// Bytes of the longest instruction (SDM volume 2, 2.3.11).
 const LONGEST: u64 = 15;
 
@@ -250,6 +247,7 @@ impl<'a> Emitter<'a> {
             Op::ReadSelector { segment, to, size } => self.read_selector(segment, to, size),
             Op::Step => {
                 self.asm.mov_imm(T0, i.ip());
+                self.asm.mov_imm(T1, i.len() as u64);
                 self.asm.call(self.thunks.step);
                 (self.in_host, self.in_block, self.x87_loaded) = (false, true, false);
             }
@@ -516,15 +514,7 @@ impl<'a> Emitter<'a> {
     /// Makes T1 address the jump cache's entry for the linear address in T0. The flags are in the block. Leaves as
     /// `unknown` says where the cache has none: the target may not even be an address.
     fn find_jump(&mut self, unknown: fn(u16) -> StubKind) {
-        const MASK: u32 = (JUMPS - 1) as u32;
-        let asm = &mut self.asm;
-        asm.regs(false, &[0x8b], T1, T0); // mov T1d, T0d
-        asm.bytes(&[0x41, 0x81, 0xe0 | T1 & 7]); // and T1d, MASK
-        asm.bytes(&MASK.to_le_bytes());
-        asm.bytes(&[0x41, 0xc1, 0xe0 | T1 & 7, size_of::<Jump>().trailing_zeros() as u8]); // shl T1d, 4
-        asm.mem(&[], true, &[0x03], T1, block::JUMPS); // add T1, [jumps]
-        asm.mem(&[], true, &[0x3b], T0, Mem::At(T1, 0)); // cmp T0, [T1]
-        let branch = asm.jcc(cc::NE, 0);
+        let branch = probe_jumps(&mut self.asm);
         self.stubs.push(Stub { branch, kind: unknown(self.guest_offset) });
     }
 

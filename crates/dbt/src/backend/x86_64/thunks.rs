@@ -17,8 +17,6 @@ use crate::{
 pub struct Thunks {
     /// `extern "C" fn(code)`: runs generated code until it leaves. GS holds the vCPU block.
     pub enter: u64,
-    /// Leaves with [`exit::AT`]; T0 holds the linear address.
-    pub exit_at: u64,
     /// Called; the link's number lies behind the call. Leaves with [`exit::LINK`].
     pub exit_link: u64,
     /// Called; the link's number lies behind the call. Goes to the linear address in T0 if the jump cache knows it,
@@ -28,8 +26,8 @@ pub struct Thunks {
     pub exit_poll: u64,
     /// Called: leaves with [`exit::MISS`]; T0 holds the linear address.
     pub exit_miss: u64,
-    /// Called with the linear address of an instruction in T0, the flags in the block: tier 0 executes it. Returns, or
-    /// leaves with [`exit::AT`]. Destroys the flags.
+    /// Called with the linear address of an instruction in T0 and its length in T1, the flags in the block: tier 0
+    /// executes it. Returns, or leaves with [`exit::AT`]. Destroys the flags.
     pub step: u64,
     /// Leaves with [`exit::INTERPRET`]; T0 holds the linear address.
     pub exit_interpret: u64,
@@ -50,8 +48,9 @@ pub struct Calls {
     /// Takes the vCPU block, linear address, size and kind, return address in the generated code. Returns the host
     /// address or 0.
     pub slow_access: unsafe extern "C" fn(u64, u64, u64, u64) -> u64,
-    /// Takes the vCPU block and the linear address of an instruction. Returns 0 if generated code must be left.
-    pub step: unsafe extern "C" fn(u64, u64) -> u64,
+    /// Takes the vCPU block, the linear address of an instruction and its length. Returns 0 if generated code must be
+    /// left.
+    pub step: unsafe extern "C" fn(u64, u64, u64) -> u64,
 }
 
 /// Host registers that hold guest registers, with the guest register's index.
@@ -70,6 +69,9 @@ const PINNED: [(u8, usize); 13] = [
     (11, 11),
     (12, 12),
 ];
+
+/// Where a jump cache's entry has the address of host code.
+pub(super) const JUMP_HOST: i32 = std::mem::offset_of!(Jump, host) as i32;
 
 /// The guest's MXCSR in its FXSAVE image.
 const MXCSR: Mem = Mem::Block(block::FPU + 24);
@@ -93,8 +95,6 @@ impl Thunks {
         enter(&mut asm);
         let leave = asm.here();
         leave_code(&mut asm, store);
-        thunks.exit_at = asm.here();
-        exit_with(&mut asm, exit::AT, leave);
         thunks.exit_link = asm.here();
         pop(&mut asm, T1);
         asm.mem(&[], false, &[0x8b], T1, Mem::At(T1, 0));
@@ -202,18 +202,24 @@ fn exit_with(asm: &mut Asm, reason: u32, leave: u64) {
     asm.jmp(leave);
 }
 
+/// Makes T1 address the jump cache's entry for the linear address in T0. Gives the jump that is taken if it is another's.
+/// Destroys the flags.
+pub(super) fn probe_jumps(asm: &mut Asm) -> usize {
+    asm.regs(false, &[0x8b], T1, T0); // mov T1d, T0d
+    asm.bytes(&[0x41, 0x81, 0xe0 | T1 & 7]); // and T1d, JUMPS - 1
+    asm.bytes(&((JUMPS - 1) as u32).to_le_bytes());
+    asm.bytes(&[0x41, 0xc1, 0xe0 | T1 & 7, size_of::<Jump>().trailing_zeros() as u8]); // shl T1d, 4
+    asm.mem(&[], true, &[0x03], T1, block::JUMPS); // add T1, [jumps]
+    asm.mem(&[], true, &[0x3b], T0, Mem::At(T1, 0)); // cmp T0, [T1]
+    asm.jcc(cc::NE, 0)
+}
+
 fn lookup(asm: &mut Asm, unknown: u64) {
     pop(asm, T1);
     asm.mem(&[], false, &[0x8b], T1, Mem::At(T1, 0));
     asm.store(block::scratch(2), T1);
-    asm.regs(false, &[0x8b], T1, T0);
-    asm.bytes(&[0x41, 0x81, 0xe0 | T1 & 7]);
-    asm.bytes(&((JUMPS - 1) as u32).to_le_bytes());
-    asm.bytes(&[0x41, 0xc1, 0xe0 | T1 & 7, size_of::<Jump>().trailing_zeros() as u8]);
-    asm.mem(&[], true, &[0x03], T1, block::JUMPS);
-    asm.mem(&[], true, &[0x3b], T0, Mem::At(T1, 0));
-    let miss = asm.jcc(cc::NE, 0);
-    asm.jmp_mem(Mem::At(T1, std::mem::offset_of!(Jump, host) as i32));
+    let miss = probe_jumps(asm);
+    asm.jmp_mem(Mem::At(T1, JUMP_HOST));
     asm.bind(miss);
     asm.load(T1, block::scratch(2));
     asm.jmp(unknown);
@@ -231,7 +237,10 @@ fn slow_access(asm: &mut Asm, function: u64, load: u64, store: u64) {
 }
 
 fn step(asm: &mut Asm, function: u64, load: u64, store: u64) {
-    let failed = call_out(asm, function, load, store, |asm| asm.mov(6, T0));
+    let failed = call_out(asm, function, load, store, |asm| {
+        asm.mov(6, T0);
+        asm.mov(2, T1);
+    });
     asm.bind(failed);
     asm.store_imm32(block::EXIT_REASON, exit::AT);
     return_to_caller(asm);
