@@ -18,6 +18,8 @@ pub const BIOS_SIGN_ID: u32 = 0x8b;
 pub const MTRR_CAP: u32 = 0xfe;
 /// Which vulnerabilities the CPU does not have.
 pub const ARCH_CAPABILITIES: u32 = 0x10a;
+/// IA32_FLUSH_CMD: writes the first-level data cache back.
+pub const FLUSH_CMD: u32 = 0x10b;
 /// CS of SYSENTER.
 pub const SYSENTER_CS: u32 = 0x174;
 /// ESP of SYSENTER.

@@ -1,5 +1,7 @@
 //! The whole architectural state of a vCPU as one plain struct, the same for every engine.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -57,6 +59,9 @@ pub struct FpuState {
     pub mxcsr: u32,
     /// YMM0 to YMM15, low half first.
     pub ymm: [[u64; 4]; 16],
+    /// Further components of XSAVE that are in use, by number, as the standard format has them (SDM volume 1, 13.4):
+    /// those of AVX-512.
+    pub extended: BTreeMap<u8, Vec<u8>>,
 }
 
 impl Default for FpuState {
@@ -72,6 +77,7 @@ impl Default for FpuState {
             st: [[0; 10]; 8],
             mxcsr: 0x1f80,
             ymm: [[0; 4]; 16],
+            extended: BTreeMap::new(),
         }
     }
 }
@@ -98,7 +104,7 @@ impl FpuState {
         image
     }
 
-    /// The state of an FXSAVE64 image and the upper halves of the YMM registers.
+    /// The state of an FXSAVE64 image and the upper halves of the YMM registers, without further components.
     pub fn from_fxsave(image: &[u8; 512], ymm_high: &[[u64; 2]; 16]) -> Self {
         let u16_at = |at: usize| u16::from_le_bytes([image[at], image[at + 1]]);
         let u64_at = |at: usize| u64::from_le_bytes(image[at..at + 8].try_into().expect("eight bytes"));
@@ -115,6 +121,7 @@ impl FpuState {
                 let high = ymm_high[i];
                 [u64_at(160 + 16 * i), u64_at(168 + 16 * i), high[0], high[1]]
             }),
+            extended: BTreeMap::new(),
         }
     }
 }

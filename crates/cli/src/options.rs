@@ -68,7 +68,7 @@ pub struct RunOptions {
     /// CPUs: a number of cores, or sockets=N,cores=N,threads=N.
     #[arg(long, default_value = "1")]
     pub cpus: Topology,
-    /// Features of the CPUs: max, x86-64-v3 or x86-64-v2.
+    /// Features of the CPUs: max (all that the engine has), x86-64-v3 or x86-64-v2 (the same under both engines).
     #[arg(long, value_name = "NAME", default_value = "max")]
     pub cpu: CpuModel,
     /// The first serial port: stdio, null or file=PATH.

@@ -6,11 +6,13 @@
 
 pub mod bus;
 pub mod clock;
+pub mod cpuid;
 
 use std::sync::Arc;
 
 pub use bus::{Bus, MsrFault};
 pub use clock::{Clock, TscMeasurement};
+pub use cpuid::{CpuidEntry, CpuidTable};
 use ruse_arch::VcpuState;
 use ruse_memory::GuestRam;
 
@@ -43,31 +45,6 @@ pub struct Capabilities {
     pub max_vcpus: u32,
     /// The engine has the local APICs itself and takes message-signalled interrupts.
     pub has_local_apics: bool,
-}
-
-/// One CPUID leaf (SDM volume 2, CPUID).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub struct CpuidEntry {
-    /// EAX on entry.
-    pub leaf: u32,
-    /// ECX on entry, where the leaf looks at it.
-    pub subleaf: Option<u32>,
-    /// EAX, EBX, ECX and EDX on return.
-    pub regs: [u32; 4],
-}
-
-/// What CPUID says on one vCPU.
-#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub struct CpuidTable(pub Vec<CpuidEntry>);
-
-impl CpuidTable {
-    /// The entry that CPUID with `leaf` and `subleaf` returns, zeroes where there is none.
-    pub fn get(&self, leaf: u32, subleaf: u32) -> [u32; 4] {
-        self.0
-            .iter()
-            .find(|e| e.leaf == leaf && e.subleaf.is_none_or(|s| s == subleaf))
-            .map_or([0; 4], |e| e.regs)
-    }
 }
 
 /// Makes VMs.

@@ -7,6 +7,14 @@ use ruse_dbt::single::SingleStepper;
 use ruse_engine::{Bus, Clock, EngineError};
 use ruse_memory::GuestRam;
 
+/// Extended state that tier 0 has: x87, SSE, AVX.
+const XCR0_KNOWN: u64 = 7;
+
+/// Whether an instruction with this mnemonic saves or restores extended state.
+fn touches_extended_state(mnemonic: &str) -> bool {
+    mnemonic.starts_with("xsave") || mnemonic.starts_with("xrstor")
+}
+
 /// Executes single instructions of one vCPU.
 pub struct Finisher {
     stepper: SingleStepper,
@@ -23,9 +31,20 @@ impl Finisher {
     }
 
     /// The state after the instruction at which `state` stands, or after the delivery of what it raises.
+    ///
+    /// # Errors
+    /// Refuses what saves or restores extended state of which tier 0 does not have all.
     pub fn finish(&mut self, state: &VcpuState, bus: &dyn Bus) -> Result<VcpuState, EngineError> {
         let step = self.stepper.step(state, bus);
         let name = step.instruction.unwrap_or_else(|| "fetch".into());
+        if state.xcr0 & !XCR0_KNOWN != 0 && touches_extended_state(&name) {
+            return Err(EngineError::Guest(format!(
+                "KVM's emulator gave up on {name} at {:#x}, and tier 0 has not all of the state that the guest has \
+                 switched on (XCR0 {:#x}); give it --cpu x86-64-v3, and where KVM shows it the host's CPU all the \
+                 same, 'noxsave' on the kernel's command line",
+                state.rip, state.xcr0
+            )));
+        }
         if self.counts.is_empty() {
             tracing::warn!(instruction = %name, rip = %format_args!("{:#x}", state.rip),
                 "KVM's emulator gave up; tier 0 finishes such instructions from now on");

@@ -7,8 +7,10 @@ use ruse_arch::{
     Segment, VcpuState,
     state::{reg, seg},
 };
+use ruse_dbt::{DbtEngine, DbtOptions};
 use ruse_engine::{Engine, Halt};
 use support::*;
+use vm_memory::{Bytes, GuestAddress};
 
 /// A machine in real mode before a program, after which comes its end.
 fn rig(program: impl FnOnce(&mut CodeAssembler)) -> Option<Rig> {
@@ -170,4 +172,50 @@ fn the_speed_can_be_measured() {
     // No emulator, and no hardware, is out of these.
     assert!((1_000..100_000_000).contains(&speed.exits));
     assert!((10_000..100_000_000_000).contains(&speed.instructions));
+}
+
+/// A page with values for the mask and vector registers of AVX-512.
+const VALUES: u64 = 0x3_0000;
+
+#[test]
+fn the_registers_of_avx512_go_from_vcpu_to_vcpu() {
+    let Some(engine) = kvm() else { return };
+    if engine.supported_cpuid().get(7, 0)[1] >> 16 & 1 == 0 {
+        println!("skipped: KVM offers no AVX-512 here");
+        return;
+    }
+    let rig = |program: fn(&mut CodeAssembler) -> Result<(), iced_x86::IcedError>| {
+        let rig = Rig::new(&engine);
+        rig.put(CODE, &assemble(64, CODE, |a| program(a).and_then(|()| end(a)).unwrap()));
+        let values: Vec<u8> = (0..=255).collect();
+        rig.put(VALUES, &values);
+        rig
+    };
+    let mut first = rig(|a| {
+        a.kmovw(k1, word_ptr(VALUES + 1))?;
+        a.vmovdqu64(zmm0, zmmword_ptr(VALUES))?;
+        a.vmovdqu64(zmm31, zmmword_ptr(VALUES + 64))
+    });
+    let state = VcpuState { xcr0: 0xe7, ..long_mode(&first.ram, 3) };
+    first.vcpu.set_state(&state).unwrap();
+    Recorder::default().run(&mut *first.vcpu);
+    let state = VcpuState { rip: CODE, ..first.vcpu.state().unwrap() };
+    assert!(state.fpu.extended.keys().eq(&[5, 6, 7]), "{:?}", state.fpu.extended.keys());
+
+    let mut second = rig(|a| {
+        a.kmovw(word_ptr(VALUES + 128), k1)?;
+        a.vmovdqu64(zmmword_ptr(VALUES + 192), zmm0)?;
+        a.vmovdqu64(zmmword_ptr(VALUES + 256), zmm31)
+    });
+    long_mode(&second.ram, 3);
+    second.vcpu.set_state(&state).unwrap();
+    Recorder::default().run(&mut *second.vcpu);
+    let mut stored = [0; 192];
+    second.ram.memory().read_slice(&mut stored, GuestAddress(VALUES + 128)).unwrap();
+    let vectors: Vec<u8> = (0..128).collect();
+    assert_eq!((&stored[..2], &stored[64..]), (&[1, 2][..], &vectors[..]));
+
+    let lost = DbtEngine::new(DbtOptions::default());
+    let error = Rig::new(&lost).vcpu.set_state(&state).unwrap_err().to_string();
+    assert!(error.contains("extended state 5"), "{error}");
 }

@@ -18,10 +18,10 @@ pub enum CpuModel {
     #[default]
     #[serde(rename = "max")]
     Max,
-    /// No more than x86-64-v2: up to SSE4.2.
+    /// No more than x86-64-v2, up to SSE4.2, and than what both engines have.
     #[serde(rename = "x86-64-v2")]
     V2,
-    /// No more than x86-64-v3: up to AVX2, BMI and FMA.
+    /// No more than x86-64-v3, up to AVX2, BMI and FMA, and than what both engines have.
     #[serde(rename = "x86-64-v3")]
     V3,
 }
@@ -61,6 +61,42 @@ const ABOVE_V3: [Above; 3] = [
     Above { leaf: 7, register: 3, bits: 1 << 2 | 1 << 3 | 1 << 8 | 1 << 23 },
 ];
 
+/// What systems protect themselves with: commands that change no result, and that every engine takes. MD_CLEAR, STIBP,
+/// L1D_FLUSH, SSBD; AMD's IBPB, IBRS, STIBP, SSBD.
+const PROTECTIONS: [(u32, usize, u32); 2] =
+    [(7, 3, 1 << 10 | 1 << 27 | 1 << 28 | 1 << 31), (0x8000_0008, 1, 1 << 12 | 1 << 14 | 1 << 15 | 1 << 24)];
+
+impl CpuModel {
+    /// The features of this model, out of those that the engine has.
+    pub(crate) fn features(self, supported: CpuidTable) -> CpuidTable {
+        match self {
+            Self::Max => supported,
+            Self::V3 | Self::V2 => self.cut(supported, ruse_dbt::cpuid::supported()),
+        }
+    }
+
+    /// Named models have what `any` engine has, so that a machine of one can go from engine to engine, and what a system
+    /// protects itself with.
+    fn cut(self, supported: CpuidTable, mut any: CpuidTable) -> CpuidTable {
+        for (leaf, register, bits) in PROTECTIONS {
+            let entries = any.0.iter_mut().filter(|e| e.leaf == leaf && e.subleaf.unwrap_or(0) == 0);
+            entries.for_each(|entry| entry.regs[register] |= bits);
+        }
+        let above = if self == Self::V2 { &ABOVE_V2[..] } else { &[] };
+        let mut table = supported.in_common_with(&any);
+        for above in ABOVE_V3.iter().chain(above) {
+            for entry in table.0.iter_mut().filter(|e| e.leaf == above.leaf && e.subleaf.unwrap_or(0) == 0) {
+                entry.regs[above.register] &= !above.bits;
+            }
+        }
+        if self == Self::V2 {
+            // Without XSAVE there are no components to save.
+            table.0.retain(|entry| entry.leaf != 0xd);
+        }
+        table
+    }
+}
+
 /// What CPUID says on the vCPUs of a machine.
 pub(crate) struct CpuidPlan {
     base: CpuidTable,
@@ -70,29 +106,8 @@ pub(crate) struct CpuidPlan {
 }
 
 impl CpuidPlan {
-    /// For a machine whose engine has the features `supported`. `timer_hz` is the frequency of the local APICs' timers.
-    pub(crate) fn new(
-        supported: CpuidTable,
-        model: CpuModel,
-        cpus: Topology,
-        tsc_hz: u64,
-        timer_hz: u64,
-    ) -> Self {
-        let mut base = supported;
-        let above = match model {
-            CpuModel::Max => [].iter().chain(&[]),
-            CpuModel::V3 => ABOVE_V3.iter().chain(&[]),
-            CpuModel::V2 => ABOVE_V3.iter().chain(&ABOVE_V2),
-        };
-        for above in above {
-            for entry in base.0.iter_mut().filter(|e| e.leaf == above.leaf && e.subleaf.unwrap_or(0) == 0) {
-                entry.regs[above.register] &= !above.bits;
-            }
-        }
-        if model == CpuModel::V2 {
-            // Without XSAVE there are no components to save.
-            base.0.retain(|entry| entry.leaf != 0xd);
-        }
+    /// For a machine whose CPUs have the features of `base`. `timer_hz` is the frequency of the local APICs' timers.
+    pub(crate) fn new(base: CpuidTable, cpus: Topology, tsc_hz: u64, timer_hz: u64) -> Self {
         Self { base, cpus, tsc_hz, timer_hz }
     }
 
@@ -227,7 +242,8 @@ mod tests {
     }
 
     fn plan(model: CpuModel, cpus: Topology) -> CpuidPlan {
-        CpuidPlan::new(supported(), model, cpus, 2_400_000_000, 1_000_000_000)
+        let base = if model == CpuModel::Max { supported() } else { model.cut(supported(), supported()) };
+        CpuidPlan::new(base, cpus, 2_400_000_000, 1_000_000_000)
     }
 
     #[test]
@@ -253,13 +269,23 @@ mod tests {
         assert_eq!(v2.get(0xd, 0), [0; 4]);
         let v3 = plan(CpuModel::V3, Topology::flat(1)).table(0);
         assert_eq!((v3.get(7, 0)[1] >> 5 & 1, v3.get(7, 0)[1] >> 16 & 1), (1, 0));
+        let mut narrow = supported();
+        narrow.0.iter_mut().filter(|e| e.leaf == 7).for_each(|e| e.regs[2] = 1 << 22);
+        narrow.0.iter_mut().filter(|e| e.leaf == 7).for_each(|e| e.regs[3] = 1 << 26);
+        let v3 = CpuModel::V3.cut(supported(), narrow);
+        assert_eq!(
+            v3.get(7, 0)[2..],
+            [1 << 22, 1 << 26 | PROTECTIONS[0].2],
+            "no engine's own, but the protections"
+        );
+        assert_eq!(CpuModel::Max.features(supported()).get(7, 0)[2], !0);
         assert_eq!("x86-64-v3".parse(), Ok(CpuModel::V3));
         assert!("486".parse::<CpuModel>().is_err());
     }
 
     /// What Linux computes in 32 bits from leaf 15h, in kHz.
     fn tsc_khz(tsc_hz: u64) -> u32 {
-        let plan = CpuidPlan::new(supported(), CpuModel::Max, Topology::flat(1), tsc_hz, 1_000_000_000);
+        let plan = CpuidPlan::new(supported(), Topology::flat(1), tsc_hz, 1_000_000_000);
         let [timer, tsc, hz, _] = plan.table(0).get(0x15, 0);
         (hz / 1000).checked_mul(tsc).expect("it fits") / timer
     }

@@ -176,8 +176,8 @@ impl Machine {
         clock: &Clock,
     ) -> Result<Vec<Box<dyn Vcpu>>, MachineError> {
         let config = &self.config;
-        let plan =
-            CpuidPlan::new(engine.supported_cpuid(), config.cpu, config.cpus, clock.tsc_hz(), TIMER_HZ);
+        let features = config.cpu.features(engine.supported_cpuid());
+        let plan = CpuidPlan::new(features, config.cpus, clock.tsc_hz(), TIMER_HZ);
         (0..cpus).map(|id| Ok(vm.create_vcpu(id, plan.table(id))?)).collect()
     }
 

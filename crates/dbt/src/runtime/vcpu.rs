@@ -508,6 +508,7 @@ impl Vcpu for DbtVcpu {
     }
 
     fn set_state(&mut self, state: &VcpuState) -> Result<(), EngineError> {
+        loadable(state)?;
         self.cpu.load_state(state);
         Ok(())
     }
@@ -527,4 +528,16 @@ impl Vcpu for DbtVcpu {
             ("translation_ns", c.translation_ns),
         ]
     }
+}
+
+/// Refuses a state with parts that this engine does not have: they would be lost.
+fn loadable(state: &VcpuState) -> Result<(), EngineError> {
+    const XCR0: u64 = 7;
+    let unknown = match state.fpu.extended.keys().next() {
+        Some(component) => format!("extended state {component} (AVX-512 is 5 to 7)"),
+        None if state.xcr0 & !XCR0 != 0 => format!("XCR0 {:#x}", state.xcr0),
+        None if state.cr4 & !tier0::CR4_KNOWN != 0 => format!("CR4 {:#x}", state.cr4),
+        None => return Ok(()),
+    };
+    Err(EngineError::State(format!("the translator has no {unknown}")))
 }

@@ -267,6 +267,23 @@ pub(super) fn set_cr3(cpu: &mut Cpu, value: u64) -> Result<(), Exception> {
     Ok(())
 }
 
+/// All bits of CR4 that mean something here.
+pub const CR4_KNOWN: u64 = cr4::DE
+    | cr4::PSE
+    | cr4::TSD
+    | cr4::PAE
+    | cr4::MCE
+    | cr4::PGE
+    | cr4::PCE
+    | cr4::OSFXSR
+    | cr4::OSXMMEXCPT
+    | cr4::UMIP
+    | cr4::FSGSBASE
+    | cr4::PCIDE
+    | cr4::OSXSAVE
+    | cr4::SMEP
+    | cr4::SMAP;
+
 /// Bits of CR4 that CPUID promises.
 fn cr4_allowed(cpu: &Cpu) -> u64 {
     let [_, _, ecx1, edx1] = cpu.cpuid.get(1, 0);

@@ -36,6 +36,7 @@ mod xsave;
 use iced_x86::{Instruction, Mnemonic};
 use ruse_arch::{Exception, flags::rflags};
 
+pub(crate) use self::control::CR4_KNOWN;
 pub(crate) use self::features::Features;
 pub use self::fetch::DecodeCache;
 pub use operand::Insn;

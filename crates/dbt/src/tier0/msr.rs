@@ -69,14 +69,20 @@ pub(super) fn execute(cpu: &mut Cpu, insn: &Insn) -> Result<bool, Exception> {
     Ok(true)
 }
 
-/// Whether CPUID offers speculation control.
+/// Whether CPUID offers speculation control, in Intel's way or in AMD's.
 fn has_spec_ctrl(cpu: &Cpu) -> bool {
-    cpu.cpuid.get(7, 0)[3] & (1 << 26 | 1 << 27 | 1 << 31) != 0
+    let (intel, amd) = (cpu.cpuid.get(7, 0)[3], cpu.cpuid.get(0x8000_0008, 0)[1]);
+    intel & (1 << 26 | 1 << 27 | 1 << 31) != 0 || amd & (1 << 12 | 1 << 14 | 1 << 15 | 1 << 24) != 0
 }
 
 /// Whether CPUID offers IA32_ARCH_CAPABILITIES.
 fn has_arch_capabilities(cpu: &Cpu) -> bool {
     cpu.cpuid.get(7, 0)[3] >> 29 & 1 != 0
+}
+
+/// Whether CPUID offers IA32_FLUSH_CMD.
+fn has_flush_cmd(cpu: &Cpu) -> bool {
+    cpu.cpuid.get(7, 0)[3] >> 28 & 1 != 0
 }
 
 fn is_apic(number: u32) -> bool {
@@ -172,6 +178,7 @@ pub(super) fn write(cpu: &mut Cpu, number: u32, value: u64) -> Result<(), Except
         msr::MISC_ENABLE if value & !MISC_ENABLE_KNOWN == 0 => cpu.misc_enable = value,
         msr::SPEC_CTRL if has_spec_ctrl(cpu) && value & !SPEC_CTRL_KNOWN == 0 => cpu.spec_ctrl = value,
         msr::PRED_CMD if has_spec_ctrl(cpu) && value & !1 == 0 => {}
+        msr::FLUSH_CMD if has_flush_cmd(cpu) && value & !1 == 0 => {}
         msr::SYSENTER_CS => cpu.sysenter[0] = value & 0xffff_ffff,
         msr::SYSENTER_ESP if is_canonical(value) => cpu.sysenter[1] = value,
         msr::SYSENTER_EIP if is_canonical(value) => cpu.sysenter[2] = value,
