@@ -11,8 +11,8 @@ use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 
 pub use build::Materials;
-pub use run::QEMU;
 use run::{CaseTime, Job, Outcome};
+pub use run::{QEMU, qemu_is_here};
 
 /// What to run, and how often.
 #[derive(Args)]

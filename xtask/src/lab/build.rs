@@ -1,17 +1,17 @@
-//! Programs for the lab. They are linked statically, for there is nothing in the lab but busybox.
+//! The programs for the lab: those that `cargo nextest run --workspace` runs, so that nothing is built for it alone.
 
 use std::env;
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
 use serde::Deserialize;
 
-/// Naming the target keeps the flags out of build scripts and macros.
-const TARGET: &str = "x86_64-unknown-linux-gnu";
+/// The package whose tests run in the lab.
+const ENGINE: &str = "crates/kvm/Cargo.toml";
 
 /// The programs that run in the lab.
+#[derive(Debug, PartialEq)]
 pub struct Programs {
     /// `ruse` itself.
     pub ruse: PathBuf,
@@ -19,11 +19,13 @@ pub struct Programs {
     pub tests: Vec<(String, PathBuf)>,
 }
 
-/// A message of cargo (The Cargo Book, "External tools").
+/// A message of cargo on something that it has built (The Cargo Book, "External tools").
 #[derive(Deserialize)]
-struct Message {
-    executable: Option<PathBuf>,
-    target: Option<Target>,
+struct Built {
+    executable: PathBuf,
+    manifest_path: PathBuf,
+    target: Target,
+    profile: Profile,
 }
 
 #[derive(Deserialize)]
@@ -31,71 +33,68 @@ struct Target {
     name: String,
 }
 
+#[derive(Deserialize)]
+struct Profile {
+    test: bool,
+}
+
 impl Programs {
-    /// Builds them. The same packages are selected each time, so that what they share is built once.
+    /// Builds them. The whole workspace is selected, as its test run does: features of dependencies follow from that.
     pub fn build() -> Result<Programs> {
-        eprintln!("building ruse and the tests of its KVM engine");
-        let names = integration_tests()?;
-        let mut arguments = vec!["build", "--bin", "ruse"];
-        names.iter().for_each(|name| arguments.extend(["--test", name]));
-        let mut programs = cargo(&arguments)?;
-        let ruse =
-            programs.iter().position(|(name, _)| name == "ruse").context("cargo says nothing of ruse")?;
-        let (_, ruse) = programs.remove(ruse);
-        programs.extend(cargo(&["test", "--no-run", "--lib"])?);
-        Ok(Programs { ruse, tests: programs })
+        eprintln!("building the tests");
+        let output = Command::new(env::var_os("CARGO").unwrap_or("cargo".into()))
+            .args(["test", "--no-run", "--workspace", "--quiet"])
+            .args(["--message-format", "json-render-diagnostics"])
+            .current_dir(Path::new(env!("CARGO_MANIFEST_DIR")))
+            .stderr(Stdio::inherit())
+            .output()
+            .context("running cargo")?;
+        ensure!(output.status.success(), "the tests do not build");
+        Programs::choose(&String::from_utf8_lossy(&output.stdout))
     }
-}
 
-/// Names of the engine's test programs.
-fn integration_tests() -> Result<Vec<String>> {
-    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("../crates/kvm/tests");
-    let files = fs::read_dir(&directory).with_context(|| format!("reading {}", directory.display()))?;
-    let paths = files.filter_map(|entry| Some(entry.ok()?.path()));
-    let mut names: Vec<_> = paths
-        .filter(|path| path.extension().is_some_and(|extension| extension == "rs"))
-        .filter_map(|path| Some(path.file_stem()?.to_str()?.to_owned()))
-        .collect();
-    names.sort();
-    Ok(names)
-}
-
-/// Runs cargo; the names and paths of the programs that it has built.
-fn cargo(arguments: &[&str]) -> Result<Vec<(String, PathBuf)>> {
-    let directory = super::image::directory()?.join("cargo");
-    let output = Command::new(env::var_os("CARGO").unwrap_or("cargo".into()))
-        .args(arguments)
-        .args(["--package", "ruse-cli", "--package", "ruse-kvm"])
-        .args(["--quiet", "--target", TARGET, "--message-format", "json-render-diagnostics"])
-        .env("CARGO_TARGET_DIR", directory)
-        .env("CARGO_PROFILE_DEV_DEBUG", "0")
-        .env("RUSTFLAGS", "-C target-feature=+crt-static")
-        .current_dir(Path::new(env!("CARGO_MANIFEST_DIR")))
-        .stderr(Stdio::inherit())
-        .output()
-        .context("running cargo")?;
-    ensure!(output.status.success(), "cargo {} failed", arguments.join(" "));
-    Ok(String::from_utf8_lossy(&output.stdout).lines().filter_map(program).collect())
-}
-
-/// The program that a message of cargo is about, if it is about one.
-fn program(line: &str) -> Option<(String, PathBuf)> {
-    let message: Message = serde_json::from_str(line).ok()?;
-    Some((message.target?.name, message.executable?))
+    /// Finds them in what cargo says.
+    fn choose(messages: &str) -> Result<Programs> {
+        let built: Vec<Built> = messages.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
+        let ruse = built.iter().find(|built| built.target.name == "ruse" && !built.profile.test);
+        let mut tests: Vec<_> = built
+            .iter()
+            .filter(|built| built.profile.test && built.manifest_path.ends_with(ENGINE))
+            .map(|built| (built.target.name.clone(), built.executable.clone()))
+            .collect();
+        tests.sort();
+        ensure!(!tests.is_empty(), "cargo says nothing of the engine's tests");
+        Ok(Programs { ruse: ruse.context("cargo says nothing of ruse")?.executable.clone(), tests })
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn message(name: &str, package: &str, test: bool, executable: &str) -> String {
+        serde_json::json!({
+            "reason": "compiler-artifact", "target": { "name": name }, "profile": { "test": test },
+            "manifest_path": format!("/w/crates/{package}/Cargo.toml"), "executable": executable,
+        })
+        .to_string()
+    }
+
     #[test]
     fn programs_are_found_in_what_cargo_says() {
-        let said = r#"{"reason":"compiler-artifact","target":{"kind":["test"],"name":"vcpu"},"executable":"/t/vcpu-1"}"#;
-        assert_eq!(program(said), Some(("vcpu".to_owned(), "/t/vcpu-1".into())));
-        assert_eq!(
-            program(r#"{"reason":"compiler-artifact","target":{"name":"x"},"executable":null}"#),
-            None
-        );
-        assert_eq!(program(r#"{"reason":"build-finished","success":true}"#), None);
+        let said = [
+            r#"{"reason":"compiler-artifact","target":{"name":"x"},"profile":{"test":false},"manifest_path":"/w","executable":null}"#.into(),
+            message("vcpu", "kvm", true, "/t/vcpu-1"),
+            message("ruse", "cli", true, "/t/ruse-1"),
+            message("ruse", "cli", false, "/t/ruse"),
+            message("ruse_dbt", "dbt", true, "/t/dbt-1"),
+            message("ruse_kvm", "kvm", true, "/t/kvm-1"),
+            r#"{"reason":"build-finished","success":true}"#.into(),
+        ];
+        let found = Programs::choose(&said.join("\n")).unwrap();
+        let tests = vec![("ruse_kvm".to_owned(), "/t/kvm-1".into()), ("vcpu".to_owned(), "/t/vcpu-1".into())];
+        assert_eq!(found, Programs { ruse: "/t/ruse".into(), tests });
+        assert!(Programs::choose(&said[1..3].join("\n")).is_err(), "no program");
+        assert!(Programs::choose(&said[3]).is_err(), "no tests");
     }
 }

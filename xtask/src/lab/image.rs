@@ -6,10 +6,10 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
-use ruse_guest::cpio::CpioWriter;
 use ruse_guest::deb::{self, Want};
 use ruse_guest::{DefaultGuest, GuestFiles, Initramfs, Module, Silent};
 
+use super::archive::{Archive, read};
 use super::build::Programs;
 use crate::bench::Materials;
 use crate::vmlinux;
@@ -43,14 +43,11 @@ impl Image {
 
 /// The archive of what is run in the lab.
 fn payload(programs: &Programs, materials: &Materials) -> Result<Vec<u8>> {
-    let read = |path: &Path| fs::read(path).with_context(|| format!("reading {}", path.display()));
-    let mut archive = CpioWriter::new(Vec::new());
-    archive.directory("lab")?;
-    archive.directory("lab/tests")?;
+    let mut archive = Archive::new();
     archive.file("lab/cases", 0o644, include_bytes!("cases.sh"))?;
-    archive.file("lab/ruse", 0o755, &read(&programs.ruse)?)?;
+    archive.program("lab/ruse", &programs.ruse)?;
     for (name, path) in &programs.tests {
-        archive.file(&format!("lab/tests/{name}"), 0o755, &read(path)?)?;
+        archive.program(&format!("lab/tests/{name}"), path)?;
     }
     let kernel = read(&materials.kernel)?;
     archive.file("lab/vmlinux", 0o644, &vmlinux::extract(&kernel).context("no ELF file in the kernel")?)?;
@@ -106,7 +103,7 @@ fn fetch(guest: &GuestFiles, directory: &Path) -> Result<PathBuf> {
     Ok(packages.remove(0))
 }
 
-/// Where the lab is built, beside other things that cargo builds.
+/// Where the lab's files are, beside what cargo builds.
 pub fn directory() -> Result<PathBuf> {
     let this = env::current_exe().context("finding this program")?;
     let directory = this.ancestors().nth(2).context("finding this program's directory")?.join("lab");

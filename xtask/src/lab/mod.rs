@@ -1,6 +1,7 @@
 //! Tests of the KVM engine on hardware virtualization, for hosts that have none: QEMU emulates an AMD CPU with nested
 //! paging, on that runs Debian's kernel with its own kvm-amd, and in there Ruse.
 
+mod archive;
 mod build;
 mod image;
 mod run;
@@ -11,6 +12,8 @@ use clap::Args;
 use build::Programs;
 use image::Image;
 use run::Outcome;
+
+use crate::bench::{QEMU, qemu_is_here};
 
 /// Boots of the stock kernel to the benchmark guest's init: the kernel's form and the guest's CPUs. The last one reboots.
 const BOOTS: [&str; 5] = ["bzimage-1", "bzimage-2", "vmlinux-1", "vmlinux-2", "reboot-2"];
@@ -31,6 +34,10 @@ pub struct Options {
 
 /// Builds the lab, runs the cases in it and prints how each ended.
 pub fn run(options: &Options) -> Result<()> {
+    if !qemu_is_here() {
+        println!("the lab is skipped: there is no {QEMU} (Debian has it in qemu-system-x86)");
+        return Ok(());
+    }
     let programs = Programs::build()?;
     let cases = choose(&programs.tests.iter().map(|(name, _)| &**name).collect::<Vec<_>>(), &options.cases)?;
     let image = Image::prepare(&programs)?;
