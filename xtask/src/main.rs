@@ -1,8 +1,10 @@
-//! Chores of the project: `cargo xtask bench`, `cargo xtask fuzz` and `cargo xtask lab`.
+//! Chores of the project: `cargo xtask bench`, `fuzz`, `lab` and `monitors`.
 
 mod bench;
 mod fuzz;
 mod lab;
+mod monitors;
+mod resident;
 mod running;
 #[path = "../../crates/cli/tests/boot/vmlinux.rs"]
 mod vmlinux;
@@ -27,6 +29,8 @@ enum Chore {
     Fuzz(fuzz::Options),
     /// Runs tests of the KVM engine on hardware virtualization that QEMU emulates.
     Lab(lab::Options),
+    /// Compares Ruse over /dev/kvm with other monitors: start, exits, memory, boot.
+    Monitors(monitors::Options),
 }
 
 fn main() -> ExitCode {
@@ -34,6 +38,7 @@ fn main() -> ExitCode {
         Chore::Bench(options) => bench::run(&options),
         Chore::Fuzz(options) => fuzz::run(&options),
         Chore::Lab(options) => lab::run(&options),
+        Chore::Monitors(options) => monitors::run(&options),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

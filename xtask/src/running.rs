@@ -21,9 +21,15 @@ pub struct Running {
 }
 
 impl Running {
-    /// Starts `command`, which has so many seconds.
-    pub fn start(mut command: Command, timeout: u64) -> Result<Running> {
-        command.stdin(Stdio::null()).stdout(Stdio::piped());
+    /// Starts `command`, which has so many seconds and nothing to read.
+    pub fn start(command: Command, timeout: u64) -> Result<Running> {
+        Running::start_reading(Stdio::null(), command, timeout)
+    }
+
+    /// Starts `command`, which reads `input`.
+    pub fn start_reading(input: Stdio, mut command: Command, timeout: u64) -> Result<Running> {
+        // Cargo names directories of libraries to what it runs, in which programs would look for theirs first.
+        command.stdin(input).stdout(Stdio::piped()).env_remove("LD_LIBRARY_PATH");
         let start = Instant::now();
         let program = command.get_program().to_owned();
         let mut child = command.spawn().with_context(|| format!("starting {}", program.display()))?;

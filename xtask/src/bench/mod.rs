@@ -10,9 +10,10 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 
-pub use build::Materials;
+pub use build::{Materials, ruse};
+pub use report::{cell, median};
 use run::{CaseTime, Job, Outcome};
-pub use run::{QEMU, qemu_is_here};
+pub use run::{GUEST_RAM, QEMU, qemu_is_here};
 
 /// What to run, and how often.
 #[derive(Args)]
@@ -175,8 +176,8 @@ fn names(cases: &[(String, String)]) -> Vec<String> {
 /// The peers that this machine has. Without QEMU the others are still measured.
 fn present_peers(options: &Options) -> Result<Vec<Peer>> {
     let mut peers = options.peers.clone();
-    if peers.contains(&Peer::Qemu) && !run::qemu_is_here() {
-        eprintln!("{} is not on this machine: left out (Debian has it in qemu-system-x86)", run::QEMU);
+    if peers.contains(&Peer::Qemu) && !qemu_is_here() {
+        eprintln!("{} is not on this machine: left out (Debian has it in qemu-system-x86)", QEMU);
         peers.retain(|&peer| peer != Peer::Qemu);
     }
     peers.dedup();

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use super::{Figures, Measured, Options, Peer};
 
 /// The middle value, or the mean of the two middle ones.
-fn median(values: impl IntoIterator<Item = f64>) -> Option<f64> {
+pub fn median(values: impl IntoIterator<Item = f64>) -> Option<f64> {
     let mut values: Vec<f64> = values.into_iter().filter(|value| value.is_finite()).collect();
     values.sort_by(f64::total_cmp);
     let middle = values.len() / 2;
@@ -107,7 +107,7 @@ fn print_boots(measured: &Measured) {
     }
 }
 
-fn cell(value: Option<f64>, digits: usize) -> String {
+pub fn cell(value: Option<f64>, digits: usize) -> String {
     value.map_or("-".to_owned(), |value| format!("{value:.digits$}"))
 }
 

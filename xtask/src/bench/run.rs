@@ -1,6 +1,5 @@
 //! One run of one peer: the process, what it prints and when.
 
-use std::fs;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::thread;
@@ -10,12 +9,13 @@ use anyhow::{Context, Result, bail, ensure};
 
 use super::build::{self, Materials};
 use super::{Options, Peer};
+use crate::resident;
 use crate::running::Running;
 
 /// QEMU's program.
 pub const QEMU: &str = "qemu-system-x86_64";
 /// How the guest's RAM is named among the mappings of `ruse`.
-const GUEST_RAM: &str = "memfd:guest-ram";
+pub const GUEST_RAM: &str = "memfd:guest-ram";
 
 /// Whether QEMU is on this machine.
 pub fn qemu_is_here() -> bool {
@@ -96,7 +96,7 @@ impl<'a> Job<'a> {
         while let Some((_, line)) = run.next_line()? {
             if line.contains("GUEST-DONE") {
                 thread::sleep(Duration::from_millis(500));
-                return overhead_kib(run.id());
+                return resident::besides(GUEST_RAM, run.id());
             }
         }
         bail!("the guest ended early:\n{}", run.last_lines())
@@ -155,29 +155,6 @@ impl<'a> Job<'a> {
     }
 }
 
-/// Resident memory of process `id` that is not guest RAM, in KiB.
-fn overhead_kib(id: u32) -> Result<u64> {
-    let path = format!("/proc/{id}/smaps");
-    let smaps = fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
-    Ok(resident_besides(&smaps, GUEST_RAM))
-}
-
-/// The sum of `Rss:` over the mappings whose path does not contain `name`, in KiB.
-fn resident_besides(smaps: &str, name: &str) -> u64 {
-    let (mut total, mut counts) = (0, true);
-    for line in smaps.lines() {
-        let mut words = line.split_whitespace();
-        match words.next() {
-            Some("Rss:") if counts => {
-                total += words.next().and_then(|kib| kib.parse::<u64>().ok()).unwrap_or(0)
-            }
-            Some(word) if !word.ends_with(':') => counts = !line.contains(name),
-            _ => {}
-        }
-    }
-    total
-}
-
 impl CaseTime {
     /// Reads `BENCH group name seconds check`; a case that this CPU cannot run has no seconds.
     fn parse(line: &str) -> Option<CaseTime> {
@@ -202,12 +179,5 @@ mod tests {
         assert!(CaseTime::parse("BENCH fp avx2 - no-avx2").unwrap().seconds.is_nan());
         assert!(CaseTime::parse("BENCH int sieve").is_none());
         assert!(CaseTime::parse("GUEST-UP 1.0").is_none());
-    }
-
-    #[test]
-    fn guest_ram_is_left_out_of_the_resident_memory() {
-        let smaps = "7f00-7f10 rw-s 0 00:01 5 /memfd:guest-ram (deleted)\nRss:  900 kB\nPss: 900 kB\n\
-                     7f20-7f30 rw-p 0 00:00 0 [heap]\nRss:  12 kB\n7f40-7f50 r-xp 0 00:00 0\nRss:  30 kB\n";
-        assert_eq!(resident_besides(smaps, GUEST_RAM), 42);
     }
 }

@@ -9,10 +9,7 @@ use anyhow::{Context, Result, bail, ensure};
 use ruse_guest::deb::{self, Want};
 use ruse_guest::{DefaultGuest, GuestFiles, Initramfs, Module, Silent};
 
-use super::archive::{Archive, read};
-use super::build::Programs;
-use crate::bench::Materials;
-use crate::vmlinux;
+use super::archive::Archive;
 
 /// Modules by path in a kernel's tree, in the order in which they have to be loaded.
 const MODULES: [&str; 3] = ["virt/lib/irqbypass.ko", "arch/x86/kvm/kvm.ko", "arch/x86/kvm/kvm-amd.ko"];
@@ -26,34 +23,18 @@ pub struct Image {
 }
 
 impl Image {
-    /// Makes the image, with these programs in it.
-    pub fn prepare(programs: &Programs) -> Result<Image> {
+    /// Makes the image NAME of the default guest, KVM's modules and an archive.
+    pub fn prepare(name: &str, archive: Archive) -> Result<Image> {
         let guest = DefaultGuest::new()?.prepare(&mut Silent)?;
-        let materials = Materials::prepare(None)?;
         let modules = modules(&guest)?;
         let base = Initramfs { busybox: fs::read(&guest.busybox)?, modules };
         let mut bytes = base.build()?;
         // The kernel unpacks one archive after the other.
-        bytes.extend(payload(programs, &materials)?);
-        let initrd = directory()?.join("lab.cpio");
+        bytes.extend(archive.finish()?);
+        let initrd = directory()?.join(format!("{name}.cpio"));
         fs::write(&initrd, bytes).with_context(|| format!("writing {}", initrd.display()))?;
         Ok(Image { kernel: guest.kernel, initrd })
     }
-}
-
-/// The archive of what is run in the lab.
-fn payload(programs: &Programs, materials: &Materials) -> Result<Vec<u8>> {
-    let mut archive = Archive::new();
-    archive.file("lab/cases", 0o644, include_bytes!("cases.sh"))?;
-    archive.program("lab/ruse", &programs.ruse)?;
-    for (name, path) in &programs.tests {
-        archive.program(&format!("lab/tests/{name}"), path)?;
-    }
-    let kernel = read(&materials.kernel)?;
-    archive.file("lab/vmlinux", 0o644, &vmlinux::extract(&kernel).context("no ELF file in the kernel")?)?;
-    archive.file("lab/bzimage", 0o644, &kernel)?;
-    archive.file("lab/guest.cpio.gz", 0o644, &read(&materials.initrd)?)?;
-    Ok(archive.finish()?)
 }
 
 /// KVM's modules for the guest's kernel, from its package, which is fetched once.
@@ -104,7 +85,7 @@ fn fetch(guest: &GuestFiles, directory: &Path) -> Result<PathBuf> {
 }
 
 /// Where the lab's files are, beside what cargo builds.
-pub fn directory() -> Result<PathBuf> {
+fn directory() -> Result<PathBuf> {
     let this = env::current_exe().context("finding this program")?;
     let directory = this.ancestors().nth(2).context("finding this program's directory")?.join("lab");
     fs::create_dir_all(&directory)?;

@@ -6,14 +6,17 @@ mod build;
 mod image;
 mod run;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use clap::Args;
 
+pub use archive::{Archive, read};
 use build::Programs;
-use image::Image;
+pub use image::Image;
 use run::Outcome;
+pub use run::command;
 
-use crate::bench::{QEMU, qemu_is_here};
+use crate::bench::{Materials, QEMU, qemu_is_here};
+use crate::vmlinux;
 
 /// Boots of the stock kernel to the benchmark guest's init: the kernel's form and the guest's CPUs. The last one reboots.
 const BOOTS: [&str; 5] = ["bzimage-1", "bzimage-2", "vmlinux-1", "vmlinux-2", "reboot-2"];
@@ -40,7 +43,7 @@ pub fn run(options: &Options) -> Result<()> {
     }
     let programs = Programs::build()?;
     let cases = choose(&programs.tests.iter().map(|(name, _)| &**name).collect::<Vec<_>>(), &options.cases)?;
-    let image = Image::prepare(&programs)?;
+    let image = Image::prepare("lab", archive(&programs)?)?;
     let outcomes = run::run(&image, &cases, options)?;
     println!("{:24} {:8} {:>8}  what it says", "case", "result", "seconds");
     for Outcome { name, passed, seconds, says } in &outcomes {
@@ -51,6 +54,22 @@ pub fn run(options: &Options) -> Result<()> {
         0 => Ok(()),
         failed => bail!("{failed} of {} cases failed", cases.len()),
     }
+}
+
+/// The archive of all that cases need.
+fn archive(programs: &Programs) -> Result<Archive> {
+    let materials = Materials::prepare(None)?;
+    let kernel = read(&materials.kernel)?;
+    let mut archive = Archive::new();
+    archive.file("lab/cases", 0o644, include_bytes!("cases.sh"))?;
+    archive.program("lab/ruse", &programs.ruse)?;
+    for (name, path) in &programs.tests {
+        archive.program(&format!("lab/tests/{name}"), path)?;
+    }
+    archive.file("lab/vmlinux", 0o644, &vmlinux::extract(&kernel).context("no ELF file in the kernel")?)?;
+    archive.file("lab/bzimage", 0o644, &kernel)?;
+    archive.file("lab/guest.cpio.gz", 0o644, &read(&materials.initrd)?)?;
+    Ok(archive)
 }
 
 /// The cases to run, in the order in which they are known.

@@ -32,7 +32,7 @@ struct Case {
 
 /// Runs the cases.
 pub fn run(image: &Image, cases: &[&str], options: &Options) -> Result<Vec<Outcome>> {
-    let mut command = command(image, cases);
+    let mut command = command(image, &format!("exec sh /lab/cases {}", cases.join(" ")));
     // It complains of each feature of the CPU that it does not emulate.
     command.stderr(if options.verbose { Stdio::inherit() } else { Stdio::null() });
     let mut lab = Running::start(command, options.timeout)?;
@@ -58,15 +58,14 @@ pub fn run(image: &Image, cases: &[&str], options: &Options) -> Result<Vec<Outco
     Ok(outcomes)
 }
 
-/// The emulated machine: a CPU with AMD-V and nested paging.
-fn command(image: &Image, cases: &[&str]) -> Command {
-    let script = format!("exec sh /lab/cases {}", cases.join(" "));
+/// The emulated machine, which runs a script: a CPU with AMD-V and nested paging.
+pub fn command(image: &Image, script: &str) -> Command {
     let mut command = Command::new(QEMU);
     command.args(["-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", "EPYC,+svm,+npt"]);
     command.args(["-smp", "2", "-m", "2048", "-nodefaults", "-no-user-config", "-display", "none"]);
     command.args(["-no-reboot", "-serial", "stdio"]).arg("-kernel").arg(&image.kernel);
     command.arg("-initrd").arg(&image.initrd);
-    command.args(["-append", &format!("console=ttyS0 quiet panic=-1 {}", run_argument(&script))]);
+    command.args(["-append", &format!("console=ttyS0 quiet panic=-1 {}", run_argument(script))]);
     command
 }
 
