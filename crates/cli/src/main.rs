@@ -12,6 +12,7 @@ mod run;
 mod signals;
 mod terminal;
 
+use std::env;
 use std::io;
 use std::process::ExitCode;
 use std::time::Instant;
@@ -55,15 +56,13 @@ fn parse() -> Result<Cli, Failure> {
     })
 }
 
-/// Messages of the libraries go to standard error: errors and warnings, with `-v` more, or what RUSE_LOG says.
+/// Messages of the libraries go to standard error: errors and warnings, with `-v` more, or what RUSE_LOG says
+/// (`debug`, or `ruse_kvm=debug,warn`).
 fn start_log(verbose: bool) {
-    use tracing_subscriber::EnvFilter;
-    let default = if verbose { "info" } else { "warn" };
-    let filter = EnvFilter::try_from_env("RUSE_LOG").unwrap_or_else(|_| EnvFilter::new(default));
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(io::stderr)
-        .without_time()
-        .log_internal_errors(false)
-        .init();
+    use tracing_subscriber::{filter::LevelFilter, filter::Targets, fmt, prelude::*};
+    let default = if verbose { LevelFilter::INFO } else { LevelFilter::WARN };
+    let asked = env::var("RUSE_LOG").ok().and_then(|text| text.parse::<Targets>().ok());
+    let filter = asked.unwrap_or_else(|| Targets::new().with_default(default));
+    let lines = fmt::layer().with_writer(io::stderr).without_time().log_internal_errors(false);
+    tracing_subscriber::registry().with(lines).with(filter).init();
 }
