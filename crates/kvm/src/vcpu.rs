@@ -21,7 +21,8 @@ pub struct KvmVcpu {
     fd: VcpuFd,
     vm: Arc<Shared>,
     handle: Arc<Handle>,
-    finisher: Finisher,
+    /// Made when it is first needed, which is never on most hosts.
+    finisher: Option<Finisher>,
     /// The last exit left an instruction unfinished, which the next KVM_RUN completes.
     unfinished: bool,
     counters: Counters,
@@ -47,8 +48,8 @@ impl KvmVcpu {
     /// Takes over a vCPU that was just made.
     pub fn new(id: u32, fd: VcpuFd, vm: Arc<Shared>) -> Result<Self, EngineError> {
         let handle = Arc::new(Handle::new(id, vm.clone()));
-        let finisher = Finisher::new(id, vm.clock.clone(), &vm.ram);
-        let this = Self { id, fd, vm, handle, finisher, unfinished: false, counters: Counters::default() };
+        let this =
+            Self { id, fd, vm, handle, finisher: None, unfinished: false, counters: Counters::default() };
         this.set_tsc_offset(this.vm.clock.tsc_offset()).map_err(|source| EngineError::Host {
             what: "cannot set the guest's time-stamp counter",
             source,
@@ -154,7 +155,9 @@ impl KvmVcpu {
             )));
         }
         let before = self.save()?;
-        let after = self.finisher.finish(&before, bus)?;
+        let (id, vm) = (self.id, &self.vm);
+        let finisher = self.finisher.get_or_insert_with(|| Finisher::new(id, vm.clock.clone(), &vm.ram));
+        let after = finisher.finish(&before, bus)?;
         if after.mp_state == MpState::Shutdown {
             return Ok(Next::Stop(Halt::TripleFault));
         }
@@ -239,7 +242,7 @@ impl Vcpu for KvmVcpu {
             ("signal_exits", c.signal),
             ("window_exits", c.window),
             ("eoi_exits", c.eoi),
-            ("finished_in_tier0", self.finisher.total()),
+            ("finished_in_tier0", self.finisher.as_ref().map_or(0, Finisher::total)),
         ]
     }
 }
