@@ -6,14 +6,8 @@ use serde::Serialize;
 
 /// Bytes of RAM of the host.
 pub fn host_memory() -> u64 {
-    let read = || {
-        let text = fs::read_to_string("/proc/meminfo").ok()?;
-        let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
-        let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-        kib.checked_mul(1024)
-    };
-    // A host that does not say refuses later what it cannot do.
-    read().unwrap_or(u64::MAX)
+    let host = rustix::system::sysinfo();
+    host.totalram.saturating_mul(host.mem_unit.into())
 }
 
 /// The host's processor, after /proc/cpuinfo.
