@@ -32,8 +32,9 @@ pub fn measure(options: &Options) -> Result<Measured> {
     let peers = present(&options.peers)?;
     let image = Image::prepare("monitors", archive(options, &peers)?)?;
     let names: Vec<_> = peers.iter().map(|peer| peer.name()).collect();
+    // The kernel's messages would get between the figures.
     let script = format!(
-        "export PATH=/usr/bin:/bin; cd /lab && ./xtask monitors --boot --ruse ./ruse --kernel vmlinux --initrd guest.cpio.gz \
+        "dmesg -n 1; export PATH=/usr/bin:/bin; cd /lab && ./xtask monitors --boot --ruse ./ruse --kernel vmlinux --initrd guest.cpio.gz \
          --rounds {} --peers {} --json json 2>&1 && echo \"{MARK}$(tr -d '\\n' < json)\"",
         options.rounds,
         names.join(",")

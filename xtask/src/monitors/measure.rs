@@ -77,17 +77,15 @@ impl Bench {
         command.args(["-D", "-f", "-qq", "-o"]).arg(&trace);
         command.arg(program.get_program()).args(program.get_args());
         let input = peer.input()?;
-        let mut run = Running::start_reading(input.program, command, TIMEOUT)?;
-        while run.next_line()?.is_some_and(|(_, line)| line != "FIRST") {}
-        drop(run);
-        let deadline = Instant::now() + Duration::from_secs(10);
+        let run = Running::start_reading(input.program, command, TIMEOUT)?;
+        let deadline = Instant::now() + Duration::from_secs(TIMEOUT);
         while Instant::now() < deadline {
             if let Some(count) = calls_before_entry(&fs::read_to_string(&trace)?) {
                 return Ok(count);
             }
             thread::sleep(Duration::from_millis(20));
         }
-        bail!("strace shows no KVM_RUN in {}", trace.display())
+        bail!("strace shows no KVM_RUN:\n{}", run.last_lines())
     }
 }
 
