@@ -13,7 +13,7 @@ const EXITS: [(&str, &str); 4] = [
 
 /// Prints a line for each figure, a column for each monitor.
 pub fn print(measured: &Measured) {
-    println!("{} rounds: medians; of exits, the fastest round", measured.rounds);
+    println!("{} rounds: medians; of exits, the fastest run", measured.rounds);
     print!("{:44}", "");
     println!("{}", measured.peers.keys().map(|peer| format!("{:>14}", peer.name())).collect::<String>());
     let row = |heading: &str, digits: usize, value: &dyn Fn(&Figures) -> Option<f64>| {
