@@ -14,7 +14,7 @@ use ruse_arch::{
     paging::{PagingMode, Privilege},
     state::{reg, seg},
 };
-use ruse_engine::{Bus, Clock, CpuidTable};
+use ruse_engine::{Bus, Clock, CpuidTable, DoorbellReader, IoAddress};
 
 use crate::mmu::Mmu;
 
@@ -35,6 +35,8 @@ pub mod request {
     pub const MEMORY: u32 = 1 << 5;
     /// The vCPU itself must look at its state before the next block (interrupt window, single step).
     pub const SELF: u32 = 1 << 6;
+    /// Direct writes to all pages must end, so that the dirty log sees the next ones.
+    pub const LOG: u32 = 1 << 7;
 }
 
 /// The part of a vCPU that other threads reach.
@@ -229,6 +231,8 @@ pub struct Cpu {
     pub debug_hits: u64,
     /// Bytes (guest physical address, length) of pages with code that this vCPU wrote and the translator has not seen.
     pub written_code: Vec<(u64, u32)>,
+    /// Writes that the bus does not see.
+    pub doorbells: DoorbellReader,
     bus: Option<NonNull<dyn Bus>>,
     shared: NonNull<Shared>,
 }
@@ -393,6 +397,7 @@ impl Cpu {
             counters: Counters::default(),
             debug_hits: 0,
             written_code: Vec::new(),
+            doorbells: DoorbellReader::default(),
             bus: None,
             shared,
         }
@@ -412,6 +417,13 @@ impl Cpu {
         let bus = self.bus.expect("guest code runs only inside with_bus");
         // SAFETY: set by `with_bus`, whose borrow of the bus lasts until the field is cleared.
         unsafe { bus.as_ref() }
+    }
+
+    /// Writes to a port.
+    pub fn port_write(&mut self, port: u16, bytes: &[u8]) {
+        if !self.doorbells.ring(IoAddress::Port(port), bytes) {
+            self.bus().pio_write(self.id, port, bytes);
+        }
     }
 
     /// Runs `body` with the machine in reach.

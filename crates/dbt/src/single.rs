@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use iced_x86::{EncodingKind, Instruction, Mnemonic};
 use ruse_arch::{MpState, VcpuState};
-use ruse_engine::{Bus, Clock, CpuidTable};
+use ruse_engine::{Bus, Clock, CpuidTable, DoorbellTable};
 use ruse_memory::GuestRam;
 
 use crate::{
@@ -34,10 +34,17 @@ pub struct SingleStepper {
 }
 
 impl SingleStepper {
-    /// A stepper for vCPU `id` over `ram`.
+    /// A stepper for vCPU `id` over `ram`. It notes the pages that it writes for a dirty log.
     pub fn new(id: u32, cpuid: CpuidTable, clock: Arc<Clock>, ram: &GuestRam) -> Self {
-        let mmu = Mmu::new(ram.clone(), CodeMap::new(ram.clone()), id);
+        let code = CodeMap::new(ram.clone());
+        code.log_writes(true);
+        let mmu = Mmu::new(ram.clone(), code, id);
         Self { cpu: CpuBox::new(id, cpuid, clock, mmu) }
+    }
+
+    /// Gives it the doorbells of a VM.
+    pub fn set_doorbells(&mut self, doorbells: &Arc<DoorbellTable>) {
+        self.cpu.doorbells = doorbells.reader();
     }
 
     /// Executes the instruction at which `state` stands. What it raises is delivered.

@@ -4,15 +4,21 @@
 //! vCPU has to stop. Port and memory-mapped accesses, interrupt acknowledgement and local APIC registers are calls on
 //! the bus; under the translator plain function calls, under KVM made by its exit loop.
 
+pub mod apics;
 pub mod bus;
 pub mod clock;
 pub mod cpuid;
+pub mod dirty;
+pub mod doorbell;
 
 use std::sync::Arc;
 
+pub use apics::{LocalApics, Message, MessageSource};
 pub use bus::{Bus, MsrFault};
 pub use clock::{Clock, TscMeasurement};
 pub use cpuid::{CpuidEntry, CpuidTable};
+pub use dirty::{DirtyLog, WriteLog};
+pub use doorbell::{Doorbell, DoorbellReader, DoorbellTable, DoorbellValue, Doorbells, IoAddress};
 use ruse_arch::VcpuState;
 use ruse_memory::GuestRam;
 
@@ -67,24 +73,15 @@ pub trait Vm: Send + Sync {
     fn local_apics(&self) -> Option<&dyn LocalApics> {
         None
     }
-}
-
-/// A message-signalled interrupt: a write of `data` to `address` (SDM volume 3, 10.11).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Message {
-    /// Address of the write.
-    pub address: u64,
-    /// Data of the write.
-    pub data: u32,
-}
-
-/// The local APICs of a VM, where the engine has them. No call waits for a vCPU.
-pub trait LocalApics: Send + Sync {
-    /// Delivers a message.
-    fn deliver(&self, message: Message);
-    /// Says what the pins of the I/O APIC send, by pin; `None` for those that send nothing. The end of an interrupt of
-    /// theirs that is level-triggered comes back as [`Bus::end_of_interrupt`].
-    fn set_pins(&self, pins: &[Option<Message>]);
+    /// Writes that signal an eventfd instead of a call of the bus.
+    fn doorbells(&self) -> &dyn Doorbells;
+    /// The engine's part of the dirty log, for [`DirtyLog`].
+    fn write_log(&self) -> &dyn WriteLog;
+    /// Writes to `len` bytes from `at` on may wait: they reach the bus in their order, before the next access that any vCPU
+    /// makes there, but the vCPU named may be another. An engine for which they cost nothing more than others does nothing.
+    fn coalesce_writes(&self, at: IoAddress, len: u32) {
+        let _ = (at, len);
+    }
 }
 
 /// Why [`Vcpu::run`] returned.

@@ -8,6 +8,7 @@ use ruse_memory::GuestRam;
 
 use crate::{
     cpuid,
+    log::LogInterface,
     open::{self, OpenError},
     vm::KvmVm,
 };
@@ -16,6 +17,7 @@ use crate::{
 pub struct KvmEngine {
     kvm: Arc<Kvm>,
     supported: CpuidTable,
+    log: LogInterface,
 }
 
 impl KvmEngine {
@@ -26,7 +28,12 @@ impl KvmEngine {
     pub fn open() -> Result<Self, OpenError> {
         let kvm = open::open()?;
         let supported = cpuid::supported(&kvm).map_err(OpenError::Other)?;
-        Ok(Self { kvm: Arc::new(kvm), supported })
+        Ok(Self { kvm: Arc::new(kvm), supported, log: LogInterface::default() })
+    }
+
+    /// The same engine, with at best this interface for the dirty log, as on an older kernel.
+    pub fn with_log(self, log: LogInterface) -> Self {
+        Self { log, ..self }
     }
 }
 
@@ -47,6 +54,6 @@ impl Engine for KvmEngine {
 
     fn create_vm(&self, ram: GuestRam, clock: Arc<Clock>) -> Result<Arc<dyn Vm>, EngineError> {
         let with_sregs2 = self.kvm.check_extension_raw(u64::from(kvm_bindings::KVM_CAP_SREGS2)) > 0;
-        Ok(Arc::new(KvmVm::new(&self.kvm, ram, clock, with_sregs2)?))
+        Ok(Arc::new(KvmVm::new(&self.kvm, ram, clock, with_sregs2, self.log)?))
     }
 }

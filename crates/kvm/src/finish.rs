@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use ruse_arch::VcpuState;
 use ruse_dbt::single::SingleStepper;
-use ruse_engine::{Bus, Clock, EngineError};
+use ruse_engine::{Bus, Clock, DoorbellTable, EngineError};
 use ruse_memory::GuestRam;
 
 /// Extended state that tier 0 has: x87, SSE, AVX.
@@ -28,6 +28,11 @@ impl Finisher {
     pub fn new(id: u32, clock: Arc<Clock>, ram: &GuestRam) -> Self {
         let cpuid = ruse_dbt::cpuid::supported();
         Self { stepper: SingleStepper::new(id, cpuid, clock, ram), counts: BTreeMap::new() }
+    }
+
+    /// Gives it the doorbells of the VM.
+    pub fn set_doorbells(&mut self, doorbells: &Arc<DoorbellTable>) {
+        self.stepper.set_doorbells(doorbells);
     }
 
     /// The state after the instruction at which `state` stands, or after the delivery of what it raises.

@@ -2,15 +2,19 @@
 
 use std::{
     cell::Cell,
+    io,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     sync::{
         Arc, Mutex, Once, PoisonError,
-        atomic::{AtomicBool, AtomicU8, Ordering},
+        atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering},
     },
+    thread,
 };
 
+use kvm_bindings::KVM_VCPUEVENT_VALID_NMI_PENDING;
 use ruse_engine::{Message, VcpuHandle};
 
-use crate::vm::Shared;
+use crate::{ioctl, vm::Shared};
 
 /// Delivery modes of messages (SDM volume 3, 10.11.2).
 const MODE_NMI: u32 = 4 << 8;
@@ -26,6 +30,10 @@ thread_local! {
 pub struct Handle {
     id: u32,
     vm: Arc<Shared>,
+    /// The vCPU's file.
+    file: OwnedFd,
+    /// How often KVM_RUN was called or has returned: odd inside.
+    crossings: AtomicU64,
     /// Somebody wants `run` to return.
     kicked: AtomicBool,
     /// The thread inside `run`.
@@ -36,9 +44,11 @@ pub struct Handle {
 pub struct Running<'a>(&'a Handle);
 
 impl Handle {
-    pub fn new(id: u32, vm: Arc<Shared>) -> Self {
+    /// The handle of vCPU `id` with this file.
+    pub fn new(id: u32, vm: Arc<Shared>, file: OwnedFd) -> Self {
         install();
-        Self { id, vm, kicked: AtomicBool::new(false), thread: Mutex::default() }
+        let (crossings, kicked) = (AtomicU64::new(0), AtomicBool::new(false));
+        Self { id, vm, file, crossings, kicked, thread: Mutex::default() }
     }
 
     /// This thread runs the vCPU now. `immediate_exit` is the field of its `kvm_run`, which outlives the guard.
@@ -49,9 +59,41 @@ impl Handle {
         Running(self)
     }
 
+    /// The vCPU's file.
+    pub fn file(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+
     /// Whether there was a kick since the last time.
     pub fn take_kick(&self) -> bool {
         self.kicked.swap(false, Ordering::SeqCst)
+    }
+
+    /// The thread is about to call KVM_RUN, or has come back.
+    pub fn cross(&self) {
+        self.crossings.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// Returns when the vCPU has been outside of KVM_RUN since the call.
+    pub fn wait_outside(&self) {
+        let before = self.crossings.load(Ordering::SeqCst);
+        if before.is_multiple_of(2) {
+            return;
+        }
+        self.signal();
+        while self.crossings.load(Ordering::SeqCst) == before {
+            thread::yield_now();
+        }
+    }
+
+    /// Takes back what is on its way. INIT and start-up IPIs are taken over into the state, which is set anew after a
+    /// reset; KVM has no other way to be rid of them.
+    fn take_back(&self) -> io::Result<()> {
+        ioctl::mp_state(self.file())?;
+        let mut events = ioctl::events(self.file())?;
+        events.flags = KVM_VCPUEVENT_VALID_NMI_PENDING;
+        (events.nmi.pending, events.nmi.injected) = (0, 0);
+        ioctl::set_events(self.file(), &events)
     }
 
     /// Gets the thread out of KVM_RUN, or keeps it from entering.
@@ -95,6 +137,11 @@ impl VcpuHandle for Handle {
     }
     fn sipi(&self, vector: u8) {
         self.message(MODE_SIPI | u32::from(vector));
+    }
+    fn withdraw(&self) {
+        if let Err(error) = self.take_back() {
+            tracing::warn!(%error, vcpu = self.id, "what was sent to a vCPU before the reset may still arrive");
+        }
     }
 }
 

@@ -5,16 +5,22 @@
 //!
 //! Ioctls are those of the kernel's Documentation/virt/kvm/api.rst.
 
+mod coalesced;
 mod cpuid;
+mod doorbells;
 mod engine;
 mod finish;
 mod handle;
 mod ioctl;
+mod log;
+mod mapping;
 mod open;
 pub mod probe;
+mod routes;
 mod state;
 mod vcpu;
 mod vm;
 
 pub use engine::KvmEngine;
+pub use log::LogInterface;
 pub use open::OpenError;

@@ -2,12 +2,13 @@
 
 use std::{
     io,
+    os::fd::{AsRawFd, BorrowedFd},
     sync::{Arc, atomic::AtomicU8},
 };
 
 use kvm_bindings::{
-    KVM_EXIT_IO_IN, KVM_INTERNAL_ERROR_EMULATION, KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, kvm_msr_entry,
-    kvm_run,
+    KVM_EXIT_DIRTY_RING_FULL, KVM_EXIT_IO_IN, KVM_INTERNAL_ERROR_EMULATION, KVM_VCPU_TSC_CTRL,
+    KVM_VCPU_TSC_OFFSET, kvm_msr_entry, kvm_run,
 };
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use ruse_arch::{MpState, VcpuState, msr};
@@ -36,6 +37,7 @@ struct Counters {
     signal: u64,
     window: u64,
     eoi: u64,
+    log: u64,
 }
 
 /// What the loop does next.
@@ -47,7 +49,12 @@ enum Next {
 impl KvmVcpu {
     /// Takes over a vCPU that was just made.
     pub fn new(id: u32, fd: VcpuFd, vm: Arc<Shared>) -> Result<Self, EngineError> {
-        let handle = Arc::new(Handle::new(id, vm.clone()));
+        let failed = |source| EngineError::Host { what: "cannot set up a vCPU", source };
+        // SAFETY: the file is open as long as `fd`.
+        let file = unsafe { BorrowedFd::borrow_raw(fd.as_raw_fd()) };
+        let handle = Arc::new(Handle::new(id, vm.clone(), file.try_clone_to_owned().map_err(failed)?));
+        vm.log.add_vcpu(&handle);
+        vm.coalesced.find(&vm.fd, file).map_err(failed)?;
         let this =
             Self { id, fd, vm, handle, finisher: None, unfinished: false, counters: Counters::default() };
         this.set_tsc_offset(this.vm.clock.tsc_offset()).map_err(|source| EngineError::Host {
@@ -106,7 +113,11 @@ impl KvmVcpu {
     fn enter(&mut self, bus: &dyn Bus) -> Result<Next, EngineError> {
         self.unfinished = false;
         let id = self.id;
-        match self.fd.run() {
+        self.handle.cross();
+        let exit = self.fd.run();
+        self.handle.cross();
+        self.vm.coalesced.empty(id, bus);
+        match exit {
             Ok(VcpuExit::IoIn(..) | VcpuExit::IoOut(..)) => {
                 self.counters.port += 1;
                 self.unfinished = true;
@@ -128,6 +139,12 @@ impl KvmVcpu {
             }
             Ok(VcpuExit::IrqWindowOpen) => self.counters.window += 1,
             Ok(VcpuExit::Intr | VcpuExit::Hlt) => self.counters.signal += 1,
+            Ok(VcpuExit::Unsupported(KVM_EXIT_DIRTY_RING_FULL)) => {
+                self.counters.log += 1;
+                self.vm
+                    .make_room()
+                    .map_err(|source| EngineError::Host { what: "KVM's dirty log", source })?;
+            }
             Ok(VcpuExit::Shutdown) => return Ok(Next::Stop(Halt::TripleFault)),
             Ok(VcpuExit::InternalError) => return self.internal_error(bus),
             Ok(VcpuExit::FailEntry(reason, cpu)) => {
@@ -156,8 +173,15 @@ impl KvmVcpu {
         }
         let before = self.save()?;
         let (id, vm) = (self.id, &self.vm);
-        let finisher = self.finisher.get_or_insert_with(|| Finisher::new(id, vm.clock.clone(), &vm.ram));
-        let after = finisher.finish(&before, bus)?;
+        let finisher = self.finisher.get_or_insert_with(|| {
+            let mut finisher = Finisher::new(id, vm.clock.clone(), &vm.ram);
+            finisher.set_doorbells(&vm.doorbells.table);
+            finisher
+        });
+        let after = {
+            let _finishing = vm.log.finishing();
+            finisher.finish(&before, bus)?
+        };
         if after.mp_state == MpState::Shutdown {
             return Ok(Next::Stop(Halt::TripleFault));
         }
@@ -242,6 +266,7 @@ impl Vcpu for KvmVcpu {
             ("signal_exits", c.signal),
             ("window_exits", c.window),
             ("eoi_exits", c.eoi),
+            ("log_exits", c.log),
             ("finished_in_tier0", self.finisher.as_ref().map_or(0, Finisher::total)),
         ]
     }

@@ -1,22 +1,29 @@
 //! A VM: memory slots, vCPUs, and messages to the kernel's local APICs.
 
-use std::{
-    io,
-    sync::{Arc, Mutex, PoisonError},
-};
+use std::{os::fd::OwnedFd, sync::Arc};
 
 use kvm_bindings::{
-    KVM_CAP_SPLIT_IRQCHIP, KVM_IRQ_ROUTING_MSI, KvmIrqRouting, kvm_enable_cap, kvm_irq_routing_entry,
-    kvm_msi, kvm_userspace_memory_region,
+    KVM_CAP_SPLIT_IRQCHIP, KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, kvm_enable_cap, kvm_msi,
+    kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Kvm, VmFd};
-use ruse_engine::{Clock, CpuidTable, EngineError, LocalApics, Message, Vcpu, Vm};
+use ruse_engine::{
+    Clock, CpuidTable, Doorbells, EngineError, IoAddress, LocalApics, Message, MessageSource, Vcpu, Vm,
+    WriteLog,
+};
 use ruse_memory::GuestRam;
 
-use crate::{cpuid, open, state::Support, vcpu::KvmVcpu};
+use crate::{
+    coalesced::{self, Coalesced},
+    cpuid,
+    doorbells::Registered,
+    log::{Log, LogInterface},
+    open,
+    routes::{PINS, Routes, Source},
+    state::Support,
+    vcpu::KvmVcpu,
+};
 
-/// Routes that belong to the I/O APIC's pins: the kernel looks at them to see which ends of interrupts it reports.
-const PINS: u64 = 24;
 /// Where the kernel keeps three pages for CPUs that cannot run real mode: below the firmware's place, out of all RAM.
 const TSS_ADDRESS: usize = 0xfffb_d000;
 
@@ -26,13 +33,15 @@ pub struct Shared {
     pub ram: GuestRam,
     pub clock: Arc<Clock>,
     pub support: Support,
+    pub log: Log,
+    pub routes: Routes,
+    pub doorbells: Registered,
+    pub coalesced: Coalesced,
 }
 
 /// A VM.
 pub struct KvmVm {
     shared: Arc<Shared>,
-    /// What the pins send, as the kernel knows it.
-    pins: Mutex<Vec<Option<Message>>>,
 }
 
 /// An error of the host with what was tried.
@@ -42,28 +51,26 @@ pub fn host(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> EngineError {
 
 impl KvmVm {
     /// Makes a VM over `ram`.
-    pub fn new(kvm: &Kvm, ram: GuestRam, clock: Arc<Clock>, sregs2: bool) -> Result<Self, EngineError> {
+    pub fn new(
+        kvm: &Kvm,
+        ram: GuestRam,
+        clock: Arc<Clock>,
+        sregs2: bool,
+        log: LogInterface,
+    ) -> Result<Self, EngineError> {
         let fd = kvm
             .create_vm()
             .map_err(|error| EngineError::Guest(open::explain_creation(error.into()).to_string()))?;
         fd.set_tss_address(TSS_ADDRESS).map_err(host("cannot place KVM's TSS"))?;
         let mut split = kvm_enable_cap { cap: KVM_CAP_SPLIT_IRQCHIP, ..Default::default() };
-        split.args[0] = PINS;
+        split.args[0] = PINS.into();
         fd.enable_cap(&split).map_err(host("cannot make KVM's local APICs"))?;
-        for (slot, region) in (0..).zip(ram.regions()) {
-            let slot = kvm_userspace_memory_region {
-                slot,
-                flags: 0,
-                guest_phys_addr: region.gpa,
-                memory_size: region.size,
-                userspace_addr: region.host as u64,
-            };
-            // SAFETY: the region is mapped as long as `ram`, of which the VM keeps a clone.
-            unsafe { fd.set_user_memory_region(slot) }.map_err(host("cannot give KVM the guest's RAM"))?;
-        }
         let support = Support::new(kvm, sregs2).map_err(host("cannot ask KVM for its MSRs"))?;
-        let shared = Arc::new(Shared { fd, ram, clock, support });
-        Ok(Self { shared, pins: Mutex::default() })
+        let log = Log::new(log.enable(&fd));
+        let (routes, doorbells, coalesced) = Default::default();
+        let shared = Shared { fd, ram, clock, support, log, routes, doorbells, coalesced };
+        shared.set_slots(false)?;
+        Ok(Self { shared: Arc::new(shared) })
     }
 }
 
@@ -82,6 +89,18 @@ impl Vm for KvmVm {
     fn local_apics(&self) -> Option<&dyn LocalApics> {
         Some(self)
     }
+
+    fn doorbells(&self) -> &dyn Doorbells {
+        &*self.shared
+    }
+
+    fn write_log(&self) -> &dyn WriteLog {
+        &*self.shared
+    }
+
+    fn coalesce_writes(&self, at: IoAddress, len: u32) {
+        coalesced::register(&self.shared.fd, at, len);
+    }
 }
 
 impl Shared {
@@ -98,21 +117,26 @@ impl Shared {
         }
     }
 
-    fn set_routes(&self, pins: &[Option<Message>]) -> io::Result<()> {
-        let routes: Vec<_> = (0..)
-            .zip(pins)
-            .filter_map(|(gsi, pin)| {
-                let message = (*pin)?;
-                let mut route =
-                    kvm_irq_routing_entry { gsi, type_: KVM_IRQ_ROUTING_MSI, ..Default::default() };
-                route.u.msi.address_lo = message.address as u32;
-                route.u.msi.address_hi = (message.address >> 32) as u32;
-                route.u.msi.data = message.data;
-                Some(route)
-            })
-            .collect();
-        let routes = KvmIrqRouting::from_entries(&routes).map_err(|_| io::ErrorKind::OutOfMemory)?;
-        Ok(self.fd.set_gsi_routing(&routes)?)
+    /// Sets the memory slots: one for each region, by its number.
+    pub fn set_slots(&self, logging: bool) -> Result<(), EngineError> {
+        for (slot, region) in (0..).zip(self.ram.regions()) {
+            let flags = match (region.read_only, logging) {
+                (true, _) => KVM_MEM_READONLY,
+                (false, true) => KVM_MEM_LOG_DIRTY_PAGES,
+                (false, false) => 0,
+            };
+            let slot = kvm_userspace_memory_region {
+                slot,
+                flags,
+                guest_phys_addr: region.gpa,
+                memory_size: region.size,
+                userspace_addr: region.host as u64,
+            };
+            // SAFETY: the region is mapped as long as `ram`.
+            unsafe { self.fd.set_user_memory_region(slot) }
+                .map_err(host("cannot give KVM the guest's RAM"))?;
+        }
+        Ok(())
     }
 }
 
@@ -122,13 +146,12 @@ impl LocalApics for KvmVm {
     }
 
     fn set_pins(&self, pins: &[Option<Message>]) {
-        let mut known = self.pins.lock().unwrap_or_else(PoisonError::into_inner);
-        if *known == pins {
-            return;
-        }
-        if let Err(error) = self.shared.set_routes(pins) {
+        if let Err(error) = self.shared.routes.set_pins(&self.shared.fd, pins) {
             tracing::warn!(%error, "KVM does not take the routes of interrupts");
         }
-        *known = pins.to_vec();
+    }
+
+    fn connect(&self, event: OwnedFd) -> Result<Box<dyn MessageSource>, EngineError> {
+        Ok(Box::new(Source::new(self.shared.clone(), event)?))
     }
 }

@@ -5,8 +5,11 @@ mod support;
 use std::{sync::Arc, thread, time::Duration};
 
 use iced_x86::code_asm::*;
-use ruse_arch::{MpState, VcpuState, state::seg};
-use ruse_engine::{Engine, Halt, Message, Vm};
+use ruse_arch::{
+    MpState, VcpuState,
+    state::{reg, seg},
+};
+use ruse_engine::{Engine, Halt, Message, VcpuHandle, Vm};
 use support::*;
 
 /// Where handlers are.
@@ -298,4 +301,45 @@ fn a_start_up_ipi_starts_the_second_vcpu() {
         let state = second.state().unwrap();
         assert_eq!((state.mp_state, state.seg[seg::CS].base), (MpState::Running, HANDLERS));
     }
+}
+
+#[test]
+fn what_is_withdrawn_does_not_arrive() {
+    let Some(engine) = kvm() else { return };
+    let Some(mut rig) = real(&[2], |a| {
+        a.mov(ax, si).unwrap();
+        a.out(PORT, ax).unwrap();
+        end(a).unwrap();
+    }) else {
+        return;
+    };
+    let mut start = rig.vcpu.state().unwrap();
+    let handle = rig.vcpu.handle();
+    // INIT clears the register.
+    let send: [fn(&dyn VcpuHandle); 2] = [|vcpu| vcpu.nmi(), |vcpu| vcpu.init()];
+    for (value, send) in (0x77..).zip(send) {
+        send(&*handle);
+        handle.withdraw();
+        start.gpr[reg::RSI] = value;
+        rig.vcpu.set_state(&start).unwrap();
+        let bus = Recorder::default();
+        bus.run(&mut *rig.vcpu);
+        assert_eq!(bus.written(), [value]);
+    }
+    // One that waits goes on waiting, and starts when it is told to afterwards.
+    let waiting = VcpuState { mp_state: MpState::WaitForSipi, ..VcpuState::default() };
+    let mut second = rig.vm.create_vcpu(1, engine.supported_cpuid()).unwrap();
+    second.set_state(&waiting).unwrap();
+    let handle = second.handle();
+    handle.sipi(0x70);
+    handle.withdraw();
+    second.set_state(&waiting).unwrap();
+    rig.put(HANDLERS, &assemble(16, 0, |a| end(a).unwrap()));
+    let starter = thread::spawn(move || {
+        thread::sleep(A_WHILE);
+        handle.sipi((HANDLERS >> 12) as u8);
+    });
+    Recorder::default().run(&mut *second);
+    starter.join().unwrap();
+    assert_eq!(second.state().unwrap().seg[seg::CS].base, HANDLERS);
 }

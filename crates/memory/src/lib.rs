@@ -4,15 +4,19 @@
 //! and loaders go through the `vm-memory` crate ([`GuestRam::memory`]), which reports each write to the
 //! [`PageTracker`]; accesses of vCPUs go through raw host addresses ([`GuestRam::host_page`]).
 
+mod dirty;
 mod file;
+mod layout;
 mod tracker;
 
 use std::{fs::File, os::fd::AsRawFd, sync::Arc};
 
+pub use dirty::DirtyPages;
+pub use layout::Layout;
 pub use tracker::{PageTracker, WriteListener};
 use vm_memory::bitmap::NewBitmap;
 use vm_memory::mmap::MmapRegionBuilder;
-use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestRegionMmap};
 
 /// `vm-memory`'s collection of regions with Ruse's tracker.
 pub type GuestMemoryMmap = vm_memory::GuestMemoryMmap<PageTracker>;
@@ -32,6 +36,9 @@ pub enum MemoryError {
     /// A size that is zero, not in whole pages or above [`MAX_RAM`].
     #[error("{0} bytes is not a possible size of RAM: whole 4 KiB pages up to 1 TiB")]
     Size(u64),
+    /// A region that is not in whole pages, or meets another one.
+    #[error("no memory can be at {0:#x}: there is other memory, or it is not a page")]
+    Place(u64),
     /// The host refused.
     #[error("cannot reserve {size} bytes for the guest's RAM: {source}")]
     Host {
@@ -51,6 +58,8 @@ pub struct RamRegion {
     pub size: u64,
     /// Where the region is mapped in this process.
     pub host: *mut u8,
+    /// Guest CPUs cannot change it: their writes are the machine's, as those to addresses without RAM.
+    pub read_only: bool,
 }
 
 // SAFETY: a `RamRegion` is only a description; the memory behind it is shared by nature (guest CPUs race on it) and
@@ -76,42 +85,47 @@ struct Inner {
 impl GuestRam {
     /// Reserves `size` bytes of zeroed RAM: up to 3 GiB from address 0, the rest from 4 GiB.
     pub fn new(size: u64) -> Result<Self, MemoryError> {
-        if size == 0 || !size.is_multiple_of(PAGE_SIZE) || size > MAX_RAM {
-            return Err(MemoryError::Size(size));
-        }
+        Self::with_layout(&Layout::of_ram(size)?)
+    }
+
+    /// Reserves zeroed memory.
+    pub fn with_layout(layout: &Layout) -> Result<Self, MemoryError> {
+        let size = layout.total();
         let host = |source| MemoryError::Host { size, source };
         let fd = rustix::fs::memfd_create("guest-ram", rustix::fs::MemfdFlags::CLOEXEC)
             .map_err(|e| host(e.into()))?;
         let file = Arc::new(File::from(fd));
         file.set_len(size).map_err(host)?;
-        let low = size.min(LOW_RAM_END);
-        let parts = [(0, low, 0), (HIGH_RAM_START, size - low, low)];
-        let (mut mapped, mut trackers) = (Vec::new(), Vec::new());
-        for (gpa, len, offset) in parts.into_iter().filter(|p| p.1 > 0) {
+        let (mut mapped, mut trackers, mut offset) = (Vec::new(), Vec::new(), 0);
+        for part in layout.parts() {
             let backing = FileOffset::from_arc(file.clone(), offset);
-            let tracker = PageTracker::with_len(len as usize);
-            let region = MmapRegionBuilder::new_with_bitmap(len as usize, tracker.clone())
+            let tracker = PageTracker::with_len(part.size as usize);
+            let region = MmapRegionBuilder::new_with_bitmap(part.size as usize, tracker.clone())
                 .with_file_offset(backing)
                 .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
                 .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
                 .build()
                 .map_err(|e| host(std::io::Error::other(e)))?;
-            let region = GuestRegionMmap::new(region, GuestAddress(gpa)).ok_or(MemoryError::Size(size))?;
+            let region =
+                GuestRegionMmap::new(region, GuestAddress(part.gpa)).ok_or(MemoryError::Place(part.gpa))?;
             mapped.push(region);
             trackers.push(tracker);
+            offset += part.size;
         }
         let memory = GuestMemoryMmap::from_regions(mapped).map_err(|e| host(std::io::Error::other(e)))?;
-        let regions = memory
-            .iter()
-            .map(|r| RamRegion { gpa: r.start_addr().0, size: r.len(), host: r.as_ptr() })
-            .collect::<Vec<_>>();
-        for region in &regions {
-            advise_huge(region);
-        }
-        Ok(Self { inner: Arc::new(Inner { memory, regions, trackers, file, size }) })
+        let regions: Vec<_> = (memory.iter().zip(layout.parts()))
+            .map(|(r, part)| RamRegion {
+                gpa: part.gpa,
+                size: part.size,
+                host: r.as_ptr(),
+                read_only: part.read_only,
+            })
+            .collect();
+        regions.iter().for_each(advise_huge);
+        Ok(Self { inner: Arc::new(Inner { memory, regions, trackers, file, size: layout.ram() }) })
     }
 
-    /// Bytes of RAM.
+    /// Bytes of RAM, without what is read-only.
     pub fn size(&self) -> u64 {
         self.inner.size
     }
@@ -123,7 +137,7 @@ impl GuestRam {
     pub fn memory(&self) -> &GuestMemoryMmap {
         &self.inner.memory
     }
-    /// The memfd behind RAM: the low region first, the high one after it.
+    /// The memfd behind RAM, in which the regions lie one behind the other.
     pub fn raw_fd(&self) -> i32 {
         self.inner.file.as_raw_fd()
     }

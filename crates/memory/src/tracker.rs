@@ -54,9 +54,17 @@ impl PageTracker {
     pub fn unwatch(&self, offset: usize) {
         self.flags(offset).fetch_and(!WATCHED, Ordering::SeqCst);
     }
+    /// The page at `offset` is written by a vCPU. Who watches it is not told: engines see to that themselves.
+    pub fn note_write(&self, offset: usize) {
+        let flags = self.flags(offset);
+        if flags.load(Ordering::SeqCst) & DIRTY == 0 {
+            flags.fetch_or(DIRTY, Ordering::SeqCst);
+        }
+    }
     /// Whether the page at `offset` was written since the last call.
     pub fn take_dirty(&self, offset: usize) -> bool {
-        self.flags(offset).fetch_and(!DIRTY, Ordering::AcqRel) & DIRTY != 0
+        let flags = self.flags(offset);
+        flags.load(Ordering::SeqCst) & DIRTY != 0 && flags.fetch_and(!DIRTY, Ordering::SeqCst) & DIRTY != 0
     }
 
     fn flags(&self, offset: usize) -> &AtomicU8 {

@@ -5,7 +5,10 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
 use ruse_arch::{MpState, VcpuState};
-use ruse_engine::{Bus, Capabilities, Clock, CpuidTable, Engine, EngineError, Halt, Vcpu, VcpuHandle, Vm};
+use ruse_engine::{
+    Bus, Capabilities, Clock, CpuidTable, DoorbellTable, Doorbells, Engine, EngineError, Halt, Vcpu,
+    VcpuHandle, Vm, WriteLog,
+};
 use ruse_memory::GuestRam;
 
 use crate::config::MachineConfig;
@@ -43,16 +46,38 @@ impl Engine for FakeEngine {
         CpuidTable::default()
     }
     fn create_vm(&self, _ram: GuestRam, _clock: Arc<Clock>) -> Result<Arc<dyn Vm>, EngineError> {
-        Ok(Arc::new(FakeVm(self.0.clone())))
+        Ok(Arc::new(FakeVm { program: self.0.clone(), doorbells: DoorbellTable::default() }))
     }
 }
 
-struct FakeVm(Arc<Program>);
+struct FakeVm {
+    program: Arc<Program>,
+    doorbells: DoorbellTable,
+}
 
 impl Vm for FakeVm {
     fn create_vcpu(&self, id: u32, _cpuid: CpuidTable) -> Result<Box<dyn Vcpu>, EngineError> {
-        let (program, handle) = (self.0.clone(), Arc::default());
+        let (program, handle) = (self.program.clone(), Arc::default());
         Ok(Box::new(FakeVcpu { id, program, handle, state: VcpuState::default(), starts: 0, steps: 0 }))
+    }
+    fn doorbells(&self) -> &dyn Doorbells {
+        &self.doorbells
+    }
+    fn write_log(&self) -> &dyn WriteLog {
+        self
+    }
+}
+
+/// The programs do not write to memory.
+impl WriteLog for FakeVm {
+    fn set_logging(&self, _on: bool) -> Result<(), EngineError> {
+        Ok(())
+    }
+    fn collect(&self) -> Result<(), EngineError> {
+        Ok(())
+    }
+    fn rearm(&self) -> Result<(), EngineError> {
+        Ok(())
     }
 }
 

@@ -8,8 +8,9 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use ruse_arch::VcpuState;
 use ruse_devices::bus::MapError;
 use ruse_devices::lapic::TIMER_HZ;
+use ruse_devices::post::POST_PORT;
 use ruse_devices::rtc::{Rtc, RtcConfig};
-use ruse_engine::{Clock, Engine, EngineError, TscMeasurement, Vcpu, Vm};
+use ruse_engine::{Clock, Engine, EngineError, IoAddress, TscMeasurement, Vcpu, Vm};
 use ruse_loader::{AcpiConfig, EntryChoice, Image, LoadError, LoadRequest, Module};
 use ruse_memory::{GuestRam, LOW_RAM_END, MemoryError};
 
@@ -149,6 +150,8 @@ impl Machine {
         let lifecycle = Arc::new(Lifecycle::new(cpus).map_err(MachineError::host("cannot make an eventfd"))?);
         let platform = Platform::new(Rtc::new(self.rtc_config()), self.config.debug_exit)?;
         let vm = engine.create_vm(self.ram.clone(), clock.clone())?;
+        // A system writes there to wait, not to be heard.
+        vm.coalesce_writes(IoAddress::Port(POST_PORT), 1);
         let with_apics = vm.local_apics().is_some().then(|| vm.clone());
         let board = Board::new(cpus, clock.clone(), platform, lifecycle, with_apics)
             .map_err(MachineError::host("cannot make a timer"))?;

@@ -8,6 +8,7 @@ use ruse_arch::{
     flags::cr4,
     paging::{Access, is_canonical},
 };
+use ruse_engine::IoAddress;
 
 use crate::{
     cpu::{Cpu, Who},
@@ -21,7 +22,7 @@ pub enum Place {
     Ram(*mut u8),
     /// RAM with translated code on its page: host address and guest physical address.
     Code(*mut u8, u64),
-    /// Not RAM: guest physical address.
+    /// Not RAM, or a write to RAM that vCPUs can only read: guest physical address.
     Device(u64),
 }
 
@@ -54,7 +55,7 @@ impl Cpu {
         let (found, host) = self.mmu.fill(&mode, la, access, rights).map_err(fault)?;
         Ok(match host {
             Some(host) => Place::Ram(host),
-            None => match self.mmu.host_page(found.gpa) {
+            None => match self.mmu.writable_page(found.gpa) {
                 Some(page) => Place::Code(page.wrapping_add((found.gpa % PAGE) as usize), found.gpa),
                 None => Place::Device(found.gpa),
             },
@@ -131,7 +132,8 @@ impl Cpu {
             }
             Place::Device(gpa) => {
                 let mut byte = [0];
-                self.device_read(gpa, &mut byte);
+                let from = self.place(la, 1, Access::Read, who)?;
+                self.read_place(from, &mut byte);
                 self.device_write(gpa, &[byte[0] & !clear | set]);
             }
         }
@@ -190,7 +192,10 @@ impl Cpu {
         let mut at = gpa;
         for part in device_parts(gpa, bytes.len()) {
             let from = (at - gpa) as usize;
-            self.bus().mmio_write(self.id, at, &bytes[from..from + part]);
+            let part_bytes = &bytes[from..from + part];
+            if !self.doorbells.ring(IoAddress::Memory(at), part_bytes) {
+                self.bus().mmio_write(self.id, at, part_bytes);
+            }
             at += part as u64;
         }
     }

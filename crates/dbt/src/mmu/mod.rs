@@ -2,6 +2,9 @@
 //! flushes as the guest asks for them.
 
 pub mod access;
+mod log;
+#[cfg(test)]
+mod read_only_tests;
 #[cfg(test)]
 mod tests;
 pub mod tlb;
@@ -248,6 +251,11 @@ impl Mmu {
         self.writers.set(gpa, Writer::None);
     }
 
+    /// No page must be written to directly any more.
+    pub fn drop_all_writers(&mut self) {
+        self.all_views().for_each(|view| view.drop_all_writers());
+    }
+
     /// Empties all jump caches (translations went away).
     pub fn flush_jumps(&mut self) {
         for view in self.all_views() {
@@ -258,8 +266,17 @@ impl Mmu {
     /// Host address of the page that holds `gpa`, where it is RAM.
     #[inline]
     pub fn host_page(&self, gpa: u64) -> Option<*mut u8> {
-        let region = self.regions.iter().find(|r| gpa.wrapping_sub(r.gpa) < r.size)?;
-        Some(region.host.wrapping_add((gpa - region.gpa) as usize & !0xfff))
+        self.region(gpa).map(|region| page_in(region, gpa))
+    }
+
+    /// Host address of the page that holds `gpa`, where it is RAM that vCPUs can write to.
+    pub fn writable_page(&self, gpa: u64) -> Option<*mut u8> {
+        self.region(gpa).filter(|region| !region.read_only).map(|region| page_in(region, gpa))
+    }
+
+    #[inline]
+    fn region(&self, gpa: u64) -> Option<&RamRegion> {
+        self.regions.iter().find(|r| gpa.wrapping_sub(r.gpa) < r.size)
     }
 
     /// Guest physical address of the page of RAM at a host address.
@@ -284,8 +301,8 @@ impl Mmu {
         paging::walk(mode, va, access, who, &mut Physical { mmu: self })
     }
 
-    /// Walks for an access of the view in force and enters the result. `Ok(None)`: not RAM, or a write that has to be
-    /// made with care because there is code on the page.
+    /// Walks for an access of the view in force and enters the result. `Ok(None)`: not RAM, or a write that cannot be made
+    /// directly because there is code on the page or it is read-only.
     pub fn fill(
         &mut self,
         mode: &PagingMode,
@@ -294,9 +311,16 @@ impl Mmu {
         who: Privilege,
     ) -> Result<(Translation, Option<*mut u8>), u32> {
         let found = self.walk(mode, va, access, who)?;
-        let Some(page) = self.host_page(found.gpa) else { return Ok((found, None)) };
+        let Some(region) = self.region(found.gpa) else { return Ok((found, None)) };
+        let (page, writable) = (page_in(region, found.gpa), !region.read_only);
         let read = found.allows(mode, Access::Read, who);
-        let may_write = found.dirty && found.allows(mode, Access::Write, who);
+        let mut may_write = writable && found.dirty && found.allows(mode, Access::Write, who);
+        if self.code.is_logging() {
+            may_write &= access == Access::Write;
+            if may_write {
+                self.note_write(found.gpa);
+            }
+        }
         let write = may_write && self.code.allow_writes(found.gpa, self.id);
         let exec = access == Access::Fetch;
         if exec {
@@ -313,6 +337,13 @@ impl Mmu {
         }
         let host = page.wrapping_add(found.gpa as usize & 0xfff);
         Ok((found, (access != Access::Write || write).then_some(host)))
+    }
+
+    /// For the dirty log: the page may be written from now on.
+    fn note_write(&self, gpa: u64) {
+        if let Some((tracker, offset)) = self.ram.tracker(gpa) {
+            tracker.note_write(offset);
+        }
     }
 
     /// An entry has the right to write to the page now.
@@ -356,6 +387,12 @@ impl Mmu {
     }
 }
 
+/// Host address of the page of a region that holds `gpa`.
+#[inline]
+fn page_in(region: &RamRegion, gpa: u64) -> *mut u8 {
+    region.host.wrapping_add((gpa - region.gpa) as usize & !0xfff)
+}
+
 /// Page tables as the walk reads and marks them.
 struct Physical<'a> {
     mmu: &'a mut Mmu,
@@ -364,6 +401,15 @@ struct Physical<'a> {
 impl Physical<'_> {
     fn entry(&self, gpa: u64) -> Option<*mut u8> {
         let page = self.mmu.host_page(gpa)?;
+        Some(page.wrapping_add(gpa as usize & 0xfff))
+    }
+
+    /// An entry that is to be marked. Those in read-only memory stay as they are.
+    fn entry_to_mark(&self, gpa: u64) -> Option<*mut u8> {
+        let page = self.mmu.writable_page(gpa)?;
+        if self.mmu.code.is_logging() {
+            self.mmu.note_write(gpa);
+        }
         Some(page.wrapping_add(gpa as usize & 0xfff))
     }
 }
@@ -382,7 +428,7 @@ impl PhysMemory for Physical<'_> {
     }
 
     fn set_bits(&mut self, gpa: u64, wide: bool, old: u64, bits: u64) -> bool {
-        let Some(at) = self.entry(gpa) else { return true };
+        let Some(at) = self.entry_to_mark(gpa) else { return true };
         // SAFETY: as in `read_entry`.
         unsafe {
             if wide {

@@ -486,8 +486,31 @@ impl World {
             None => {
                 let to = frames().find(|&f| self.read(f + SCRATCH) == value).expect("it went to some page");
                 self.check(va, Access::Write, who, to + SCRATCH);
+                self.check_log(to);
             }
         }
+    }
+
+    /// While the dirty log is on, a page that was written is in it. Now and then the log is taken.
+    fn check_log(&mut self, page: u64) {
+        if !self.cpu().mmu.code.is_logging() {
+            return;
+        }
+        let (tracker, offset) = self.ram.tracker(page).expect("RAM");
+        assert!(tracker.take_dirty(offset), "{page:#x} is not in the log\n{}", self.story());
+        tracker.note_write(offset);
+        if self.random.chance(30) {
+            self.log.push("the log is taken".into());
+            self.ram.take_dirty();
+            self.cpu().mmu.drop_all_writers();
+        }
+    }
+
+    /// Turns the dirty log on or off.
+    fn switch_log(&mut self) {
+        let code = self.cpu().mmu.code.clone();
+        code.log_writes(!code.is_logging());
+        self.cpu().mmu.drop_all_writers();
     }
 
     fn execute_somewhere(&mut self) {
@@ -566,6 +589,7 @@ impl World {
                 let kind = self.random.below(4);
                 self.invalidate(kind);
             }
+            99 if self.random.chance(50) => self.switch_log(),
             _ => {
                 let value = self.cpu().paging.cr0 ^ cr0::WP;
                 self.log.push(format!("CR0 becomes {value:#x}"));

@@ -293,6 +293,13 @@ impl View {
         }
     }
 
+    /// Takes the right to write directly away from every entry.
+    pub fn drop_all_writers(&mut self) {
+        for &i in &self.journal {
+            self.entries[i as usize].write = never(i as usize);
+        }
+    }
+
     /// Takes the right to write directly away from the entry at this index, if it leads to the host page.
     pub fn drop_writer(&mut self, index: usize, host: u64) {
         let entry = &mut self.entries[index];

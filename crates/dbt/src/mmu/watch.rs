@@ -7,7 +7,7 @@
 
 use std::sync::{
     Arc, Mutex, PoisonError, RwLock,
-    atomic::{AtomicU32, AtomicU64, Ordering},
+    atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
 };
 
 use ruse_memory::{GuestRam, PAGE_SIZE, WriteListener};
@@ -40,6 +40,8 @@ pub struct Peer {
     notes: Mutex<Vec<Note>>,
     /// Translated code is being executed.
     running: AtomicU32,
+    /// Guest instructions are being executed, by any tier.
+    inside: AtomicBool,
     wake: Box<dyn Fn() + Send + Sync>,
 }
 
@@ -47,6 +49,26 @@ impl Peer {
     /// Marks the beginning and the end of translated code on this vCPU.
     pub fn set_running(&self, running: bool) {
         self.running.store(u32::from(running), Ordering::SeqCst);
+    }
+    /// The vCPU executes guest instructions until the value is dropped. It looks at its requests before each.
+    pub fn enter(self: &Arc<Self>) -> Inside {
+        self.inside.store(true, Ordering::SeqCst);
+        Inside(self.clone())
+    }
+    /// Calls `wait`, in which the vCPU executes no instructions.
+    pub fn outside<R>(&self, wait: impl FnOnce() -> R) -> R {
+        self.inside.store(false, Ordering::SeqCst);
+        let result = wait();
+        self.inside.store(true, Ordering::SeqCst);
+        result
+    }
+    /// Asks for something, without getting the vCPU out of a wait.
+    pub(super) fn request(&self, bits: u32) {
+        self.arena.shared.raise(bits);
+    }
+    /// Whether the vCPU has seen these requests, or will before its next instruction.
+    pub(super) fn has_seen(&self, bits: u32) -> bool {
+        !self.inside.load(Ordering::SeqCst) || self.arena.shared.requests.load(Ordering::SeqCst) & bits == 0
     }
     /// Takes the notes that have arrived.
     pub fn take_notes(&self) -> Vec<Note> {
@@ -65,10 +87,21 @@ impl Peer {
     }
 }
 
+/// See [`Peer::enter`].
+pub struct Inside(Arc<Peer>);
+
+impl Drop for Inside {
+    fn drop(&mut self) {
+        self.0.inside.store(false, Ordering::SeqCst);
+    }
+}
+
 /// The pages of a VM's RAM with their masks, shared by its vCPUs.
 pub struct CodeMap {
     ram: GuestRam,
     regions: Vec<(u64, Box<[PageMasks]>)>,
+    /// vCPUs note the pages that they write to.
+    pub(super) logging: AtomicBool,
     peers: RwLock<Vec<Option<Arc<Peer>>>>,
 }
 
@@ -83,14 +116,21 @@ impl CodeMap {
                 (r.gpa, (0..pages).map(|_| PageMasks::default()).collect())
             })
             .collect();
-        let map = Arc::new(Self { ram: ram.clone(), regions, peers: RwLock::default() });
+        let logging = AtomicBool::new(false);
+        let map = Arc::new(Self { ram: ram.clone(), regions, logging, peers: RwLock::default() });
         ram.set_write_listener(Arc::new(DeviceWrites(Arc::downgrade(&map))));
         map
     }
 
     /// Registers vCPU `id`; `wake` gets it out of a wait.
     pub fn join(&self, id: u32, arena: Arc<Arena>, wake: Box<dyn Fn() + Send + Sync>) -> Arc<Peer> {
-        let peer = Arc::new(Peer { arena, notes: Mutex::default(), running: AtomicU32::new(0), wake });
+        let peer = Arc::new(Peer {
+            arena,
+            notes: Mutex::default(),
+            running: AtomicU32::new(0),
+            inside: AtomicBool::new(false),
+            wake,
+        });
         let mut peers = self.peers.write().unwrap_or_else(PoisonError::into_inner);
         if peers.len() <= id as usize {
             peers.resize(id as usize + 1, None);
@@ -156,7 +196,7 @@ impl CodeMap {
         }
     }
 
-    fn peers_in(&self, mask: u64) -> Vec<Arc<Peer>> {
+    pub(super) fn peers_in(&self, mask: u64) -> Vec<Arc<Peer>> {
         if mask == 0 {
             return Vec::new();
         }

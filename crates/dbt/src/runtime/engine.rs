@@ -5,7 +5,10 @@ use std::sync::{
     atomic::{AtomicBool, Ordering},
 };
 
-use ruse_engine::{Capabilities, Clock, CpuidTable, Engine, EngineError, Vcpu, VcpuHandle, Vm};
+use ruse_engine::{
+    Capabilities, Clock, CpuidTable, DoorbellTable, Doorbells, Engine, EngineError, Vcpu, VcpuHandle, Vm,
+    WriteLog,
+};
 use ruse_memory::GuestRam;
 
 use super::vcpu::DbtVcpu;
@@ -60,7 +63,7 @@ impl Engine for DbtEngine {
             });
         }
         let code = CodeMap::new(ram.clone());
-        Ok(Arc::new(DbtVm { ram, clock, code, options: self.options }))
+        Ok(Arc::new(DbtVm { ram, clock, code, doorbells: Arc::default(), options: self.options }))
     }
 }
 
@@ -68,6 +71,7 @@ struct DbtVm {
     ram: GuestRam,
     clock: Arc<Clock>,
     code: Arc<CodeMap>,
+    doorbells: Arc<DoorbellTable>,
     options: DbtOptions,
 }
 
@@ -77,10 +81,19 @@ impl Vm for DbtVm {
             return Err(EngineError::State(format!("vCPU {id}: at most {MAX_VCPUS} are possible")));
         }
         let mmu = Mmu::new(self.ram.clone(), self.code.clone(), id);
-        let cpu = CpuBox::new(id, cpuid, self.clock.clone(), mmu);
+        let mut cpu = CpuBox::new(id, cpuid, self.clock.clone(), mmu);
+        cpu.doorbells = self.doorbells.reader();
         let vcpu = DbtVcpu::new(cpu, self.options)
             .map_err(|source| EngineError::Host { what: "cannot make memory for generated code", source })?;
         Ok(Box::new(vcpu))
+    }
+
+    fn doorbells(&self) -> &dyn Doorbells {
+        &*self.doorbells
+    }
+
+    fn write_log(&self) -> &dyn WriteLog {
+        &*self.code
     }
 }
 

@@ -91,6 +91,7 @@ impl DbtVcpu {
 
     /// Runs `body`, which may enter translated code.
     fn on_this_thread<R>(&mut self, bus: &dyn Bus, body: impl FnOnce(&mut Self) -> R) -> R {
+        let _inside = self.peer.enter();
         enter::set_gs(&self.cpu);
         fault::arm(&self.blocks.code_range(), self.blocks.thunks().exit_fault);
         Cpu::attach(
@@ -117,7 +118,7 @@ impl DbtVcpu {
                 MpState::Halted | MpState::WaitForSipi => {
                     let shared = self.cpu.shared();
                     let ready = || shared.requests.load(std::sync::atomic::Ordering::SeqCst) != 0;
-                    self.handle.parker.sleep_until(ready);
+                    self.peer.outside(|| self.handle.parker.sleep_until(ready));
                     continue;
                 }
                 MpState::Shutdown => return Ok(Halt::TripleFault),
@@ -147,6 +148,9 @@ impl DbtVcpu {
             return None;
         }
         let bits = shared.take(!request::KICK);
+        if bits & request::LOG != 0 {
+            self.cpu.mmu.drop_all_writers();
+        }
         if bits & request::MEMORY != 0 {
             self.memory_changed();
         }

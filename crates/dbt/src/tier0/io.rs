@@ -89,7 +89,7 @@ fn output(cpu: &mut Cpu, insn: &Insn) -> Result<(), Exception> {
     check(cpu, port, from.size())?;
     watch(cpu, port, from.size());
     let bytes = cpu.reg(from).to_le_bytes();
-    cpu.bus().pio_write(cpu.id, port, &bytes[..from.size()]);
+    cpu.port_write(port, &bytes[..from.size()]);
     Ok(())
 }
 
@@ -154,7 +154,7 @@ fn outs_once(cpu: &mut Cpu, s: usize, port: u16, size: usize, width: usize) -> R
     let la = cpu.linear(s, offset, size, Access::Read)?;
     let mut bytes = [0u8; 4];
     cpu.read_linear(la, &mut bytes[..size], Who::Current)?;
-    cpu.bus().pio_write(cpu.id, port, &bytes[..size]);
+    cpu.port_write(port, &bytes[..size]);
     advance(cpu, reg::RSI, size, width);
     Ok(())
 }

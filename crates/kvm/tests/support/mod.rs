@@ -17,6 +17,7 @@ use ruse_arch::{
     flags::{cr0, cr4, efer, rflags},
     state::{reg, seg},
 };
+use ruse_dbt::{DbtEngine, DbtOptions};
 use ruse_engine::{Bus, Clock, Engine, Halt, Vcpu, VcpuHandle, Vm};
 use ruse_kvm::KvmEngine;
 use ruse_memory::GuestRam;
@@ -41,6 +42,13 @@ pub fn kvm() -> Option<KvmEngine> {
             None
         }
     }
+}
+
+/// The translator, and the host's KVM if there is one.
+pub fn engines() -> Vec<Box<dyn Engine>> {
+    let mut engines: Vec<Box<dyn Engine>> = vec![Box::new(DbtEngine::new(DbtOptions::default()))];
+    engines.extend(kvm().map(|kvm| Box::new(kvm) as Box<dyn Engine>));
+    engines
 }
 
 type Hook = Box<dyn Fn(&Recorder, u64) + Send + Sync>;
