@@ -9,10 +9,12 @@ pub mod flags;
 pub mod lapic;
 pub mod msr;
 pub mod paging;
+pub mod paravirt;
 pub mod segment;
 pub mod state;
 
 pub use exception::Exception;
 pub use lapic::LapicState;
+pub use paravirt::Paravirt;
 pub use segment::{DescriptorTable, Segment};
-pub use state::{FpuState, MpState, Paravirt, VcpuState};
+pub use state::{FpuState, MpState, VcpuState};

@@ -71,6 +71,12 @@ pub const KERNEL_GS_BASE: u32 = 0xc000_0102;
 /// What RDTSCP and RDPID return.
 pub const TSC_AUX: u32 = 0xc000_0103;
 
+/// KVM: writes the wall clock's time at the zero of the guest's clock, at its old place.
+pub const KVM_WALL_CLOCK_OLD: u32 = 0x11;
+/// KVM: where the guest's clock is written to, at its old place.
+pub const KVM_SYSTEM_TIME_OLD: u32 = 0x12;
+/// KVM: writes the wall clock's time at the zero of the guest's clock.
+pub const KVM_WALL_CLOCK: u32 = 0x4b56_4d00;
 /// KVM: where the guest's clock is written to.
 pub const KVM_SYSTEM_TIME: u32 = 0x4b56_4d01;
 /// KVM: asynchronous page faults.
@@ -81,3 +87,9 @@ pub const KVM_STEAL_TIME: u32 = 0x4b56_4d03;
 pub const KVM_EOI: u32 = 0x4b56_4d04;
 /// KVM: the vector of asynchronous page faults that are ready.
 pub const KVM_ASYNC_PF_VECTOR: u32 = 0x4b56_4d06;
+/// KVM: the end of an asynchronous page fault was seen.
+pub const KVM_ASYNC_PF_ACK: u32 = 0x4b56_4d07;
+/// KVM: first register of its range.
+pub const KVM_FIRST: u32 = 0x4b56_4d00;
+/// KVM: last register of its range.
+pub const KVM_LAST: u32 = 0x4b56_4dff;

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    DescriptorTable, Exception, LapicState, Segment,
+    DescriptorTable, Exception, LapicState, Paravirt, Segment,
     flags::{cr0, rflags},
 };
 
@@ -21,21 +21,6 @@ pub enum MpState {
     WaitForSipi,
     /// Stopped by a triple fault; only a reset helps.
     Shutdown,
-}
-
-/// Registers of KVM's paravirtual interfaces (the kernel's Documentation/virt/kvm/x86/msr.rst). All are off after a reset.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Paravirt {
-    /// Where the guest's clock is written to.
-    pub system_time: u64,
-    /// Where and how page faults of the host are told.
-    pub async_pf: u64,
-    /// The vector that tells of their end.
-    pub async_pf_vector: u64,
-    /// Where the time is written to that the host gave to others.
-    pub steal_time: u64,
-    /// Where the guest may end an interrupt without an exit.
-    pub eoi: u64,
 }
 
 /// x87, SSE and AVX state. The x87 registers are in stack order (ST0 first), as FXSAVE stores them.
@@ -237,7 +222,7 @@ pub struct VcpuState {
     pub mtrr_variable: [(u64, u64); 8],
     /// The guest's time-stamp counter at the moment of saving; 0 leaves a vCPU's as it is.
     pub tsc: u64,
-    /// Paravirtual interfaces.
+    /// KVM's paravirtual interfaces.
     pub paravirt: Paravirt,
     /// What the vCPU is doing.
     pub mp_state: MpState,

@@ -9,7 +9,7 @@ use std::{
 };
 
 use ruse_arch::{
-    DescriptorTable, Exception, MpState, Paravirt, Segment, VcpuState,
+    DescriptorTable, Exception, MpState, Segment, VcpuState,
     flags::{cr0, cr4, efer, rflags},
     paging::{PagingMode, Privilege},
     state::{reg, seg},
@@ -37,6 +37,8 @@ pub mod request {
     pub const SELF: u32 = 1 << 6;
     /// Direct writes to all pages must end, so that the dirty log sees the next ones.
     pub const LOG: u32 = 1 << 7;
+    /// Another vCPU ends HLT.
+    pub const UNHALT: u32 = 1 << 8;
 }
 
 /// The part of a vCPU that other threads reach.
@@ -215,6 +217,8 @@ pub struct Cpu {
     pub exception: Option<Exception>,
     /// An interrupt to deliver before the next instruction (from a restored state).
     pub interrupt: Option<u8>,
+    /// KVM's paravirtual interfaces.
+    pub paravirt: crate::paravirt::Unit,
     /// What CPUID says.
     pub cpuid: CpuidTable,
     /// Index and APIC id.
@@ -389,6 +393,7 @@ impl Cpu {
             nmi_pending: false,
             exception: None,
             interrupt: None,
+            paravirt: crate::paravirt::Unit::default(),
             cpuid,
             id,
             clock,
@@ -506,6 +511,11 @@ impl Cpu {
         self.clock.counter().wrapping_add(self.tsc_offset).wrapping_add(self.tsc_adjust)
     }
 
+    /// How far the vCPU's TSC is ahead of the machine's clock.
+    pub fn tsc_lead(&self) -> u64 {
+        self.tsc_offset.wrapping_add(self.tsc_adjust).wrapping_sub(self.clock.tsc_offset())
+    }
+
     /// Takes over a whole architectural state.
     pub fn load_state(&mut self, s: &VcpuState) {
         self.gpr = s.gpr;
@@ -529,6 +539,7 @@ impl Cpu {
             let counter = self.clock.counter();
             self.tsc_offset = s.tsc.wrapping_sub(s.tsc_adjust).wrapping_sub(counter);
         }
+        crate::paravirt::load(self, s);
         self.mp_state = s.mp_state;
         self.interrupt_shadow = s.interrupt_shadow;
         (self.nmi_blocked, self.nmi_pending) = (s.nmi_blocked, s.nmi_pending);
@@ -577,7 +588,7 @@ impl Cpu {
             mtrr_fixed: self.mtrr_fixed,
             mtrr_variable: self.mtrr_variable,
             tsc: self.tsc(),
-            paravirt: Paravirt::default(),
+            paravirt: self.paravirt.registers(),
             mp_state: self.mp_state,
             interrupt_shadow: self.interrupt_shadow,
             nmi_blocked: self.nmi_blocked,

@@ -4,18 +4,20 @@
 //! engine itself carries out (paging, modes, system registers) is offered always. Topology, frequencies and named
 //! models are the machine's to fill in.
 
-use ruse_arch::{flags::cr4, paging::PHYS_BITS};
+use ruse_arch::{
+    flags::cr4,
+    paging::PHYS_BITS,
+    paravirt::{self as kvm, FEATURES_LEAF, SIGNATURE_LEAF},
+};
 use ruse_engine::{CpuidEntry, CpuidTable};
 
-use crate::cpu::Cpu;
+use crate::{cpu::Cpu, paravirt};
 
 /// Family 6, model 8Fh, stepping 8: a recent server CPU, for which systems know no errata that matter here.
 const SIGNATURE: u32 = 0x0008_06f8;
 /// Highest basic and extended leaf.
 const LAST_BASIC: u32 = 0x16;
 const LAST_EXTENDED: u32 = 0x8000_0008;
-/// The leaf of the hypervisor, which is the only one of its range.
-const HYPERVISOR: u32 = 0x4000_0000;
 
 /// Leaf 1 ECX that the host must have: SSE3, PCLMULQDQ, SSSE3, FMA, CMPXCHG16B, SSE4.1, SSE4.2, MOVBE, POPCNT, AES,
 /// XSAVE, AVX, F16C.
@@ -88,7 +90,9 @@ pub fn supported() -> CpuidTable {
     plain(2, [0x00fe_ff01, 0, 0, 0]);
     // The timer of the local APIC runs always.
     plain(6, [1 << 2, 0, 0, 0]);
-    plain(HYPERVISOR, [HYPERVISOR, word(b"Ruse"), word(b"Ruse"), word(b"Ruse")]);
+    let [ebx, ecx, edx] = kvm::SIGNATURE;
+    plain(SIGNATURE_LEAF, [FEATURES_LEAF, ebx, ecx, edx]);
+    plain(FEATURES_LEAF, [paravirt::offered(), 0, 0, 0]);
     let host_ext = host_or_zero(0x8000_0001, 0);
     plain(0x8000_0000, [LAST_EXTENDED, 0, 0, 0]);
     plain(0x8000_0001, [0, 0, host_ext[2] & ECX_EXT_HOST | ECX_EXT_OWN, EDX_EXT]);
@@ -148,7 +152,7 @@ fn extended_state(table: &mut CpuidTable, ecx1: u32) {
 /// Executes CPUID: the vCPU's table with what depends on its state.
 pub(crate) fn query(cpu: &Cpu, leaf: u32, subleaf: u32) -> [u32; 4] {
     let last = match leaf {
-        0x4000_0000..=0x4fff_ffff => HYPERVISOR,
+        SIGNATURE_LEAF..=0x4fff_ffff => cpu.cpuid.get(SIGNATURE_LEAF, 0)[0],
         _ => cpu.cpuid.get(leaf & 0x8000_0000, 0)[0],
     };
     // Intel's CPUs answer beyond their last leaf with the last basic one.

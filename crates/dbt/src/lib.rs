@@ -10,6 +10,7 @@ pub mod cpuid;
 pub mod frontend;
 pub mod ir;
 pub mod mmu;
+pub mod paravirt;
 pub mod runtime;
 pub mod single;
 pub mod tier0;

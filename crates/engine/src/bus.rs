@@ -1,5 +1,7 @@
 //! What an engine asks of the machine around its vCPUs.
 
+use crate::Message;
+
 /// An access to an MSR that faults with #GP.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MsrFault;
@@ -48,6 +50,9 @@ pub trait Bus: Send + Sync {
     }
     /// The vCPU went through INIT: its local APIC resets (SDM volume 3, 10.4.7.3).
     fn apic_init(&self, vcpu: u32) {}
+
+    /// Delivers a message to the local APICs.
+    fn deliver(&self, message: Message) {}
 
     /// A level-triggered interrupt of this vector has ended in one of the engine's own local APICs.
     fn end_of_interrupt(&self, vector: u8) {}

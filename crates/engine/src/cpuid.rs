@@ -1,5 +1,6 @@
 //! What CPUID says (SDM volume 2, CPUID; AMD APM volume 3, appendix E).
 
+use ruse_arch::paravirt::FEATURES_LEAF;
 use serde::{Deserialize, Serialize};
 
 /// One CPUID leaf.
@@ -17,8 +18,8 @@ pub struct CpuidEntry {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CpuidTable(pub Vec<CpuidEntry>);
 
-/// Registers that are sets of features: leaf, subleaf and the register's index in [`CpuidEntry::regs`].
-pub const FEATURES: [(u32, u32, usize); 14] = [
+/// Registers that are sets of features, KVM's paravirtual ones too: leaf, subleaf and the register's index in [`CpuidEntry::regs`].
+pub const FEATURES: [(u32, u32, usize); 15] = [
     (1, 0, 2),
     (1, 0, 3),
     (7, 0, 1),
@@ -28,6 +29,7 @@ pub const FEATURES: [(u32, u32, usize); 14] = [
     (7, 1, 2),
     (7, 1, 3),
     (7, 2, 3),
+    (FEATURES_LEAF, 0, 0),
     (0x8000_0001, 0, 2),
     (0x8000_0001, 0, 3),
     (0x8000_0007, 0, 3),

@@ -103,6 +103,8 @@ pub trait Vcpu: Send {
     fn state(&mut self) -> Result<VcpuState, EngineError>;
     /// Replaces the whole architectural state.
     fn set_state(&mut self, state: &VcpuState) -> Result<(), EngineError>;
+    /// The machine was held for a while: the guest's watchdogs are told, where it has asked for that.
+    fn held(&mut self) {}
     /// Counters of the engine, by name, for diagnosis.
     fn counters(&self) -> Vec<(&'static str, u64)> {
         Vec::new()

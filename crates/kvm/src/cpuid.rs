@@ -4,6 +4,7 @@ use std::io;
 
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::{Cap, Kvm};
+use ruse_arch::paravirt::{FEATURES_LEAF, feature};
 use ruse_engine::{CpuidEntry, CpuidTable};
 
 /// Leaf 1 ECX: XSAVE; TSC deadline, which KVM lists apart; hypervisor.
@@ -14,7 +15,7 @@ const HYPERVISOR: u32 = 1 << 31;
 /// Features that a guest gets beside those that the translator knows. What is left out has state that is not saved (CET,
 /// MPX, PKU, SGX, AMX, WAITPKG, nested virtualization, performance counters), or tier 0 could not finish an
 /// instruction under it (five-level paging, protection keys).
-const ALSO: [(u32, u32, usize, u32); 10] = [
+const ALSO: [(u32, u32, usize, u32); 11] = [
     // AVX-512 F, DQ, IFMA, PF, ER, CD, BW, VL; CLWB.
     (7, 0, 1, 1 << 16 | 1 << 17 | 1 << 21 | 1 << 24 | 1 << 26 | 1 << 27 | 1 << 28 | 1 << 30 | 1 << 31),
     // VBMI, VBMI2, GFNI, VAES, VPCLMULQDQ, VNNI, BITALG, VPOPCNTDQ; CLDEMOTE, MOVDIRI, MOVDIR64B.
@@ -42,6 +43,7 @@ const ALSO: [(u32, u32, usize, u32); 10] = [
     (7, 1, 3, 1 << 4 | 1 << 5 | 1 << 14),
     // Controls of speculation, of which IA32_SPEC_CTRL has the bits; MCDT_NO.
     (7, 2, 3, 0x3f),
+    (FEATURES_LEAF, 0, 0, feature::KNOWN),
     // AMD: CMP legacy, alternative to MOV CR8, extended topology.
     (0x8000_0001, 0, 2, 1 << 1 | 1 << 4 | 1 << 22),
     // AMD: what leaf 1 says too, MMX extensions, fast FXSAVE.

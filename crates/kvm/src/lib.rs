@@ -5,6 +5,7 @@
 //!
 //! Ioctls are those of the kernel's Documentation/virt/kvm/api.rst.
 
+mod clock;
 mod coalesced;
 mod cpuid;
 mod doorbells;

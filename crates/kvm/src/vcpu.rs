@@ -14,7 +14,7 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use ruse_arch::{MpState, VcpuState, msr};
 use ruse_engine::{Bus, EngineError, Halt, Vcpu, VcpuHandle, clock::host_tsc};
 
-use crate::{finish::Finisher, handle::Handle, ioctl, state, vm::Shared};
+use crate::{clock, finish::Finisher, handle::Handle, ioctl, state, vm::Shared};
 
 /// A vCPU of KVM.
 pub struct KvmVcpu {
@@ -197,6 +197,7 @@ impl KvmVcpu {
     fn load(&self, state: &VcpuState) -> Result<(), EngineError> {
         let set = || {
             state::load(&self.fd, &self.vm.support, state)?;
+            clock::take_over(&self.vm, state);
             if state.tsc != 0 {
                 self.set_tsc_offset(state.tsc.wrapping_sub(host_tsc()))?;
             }
@@ -256,6 +257,11 @@ impl Vcpu for KvmVcpu {
 
     fn set_state(&mut self, state: &VcpuState) -> Result<(), EngineError> {
         self.load(state)
+    }
+
+    fn held(&mut self) {
+        // EINVAL: the guest has no clock of KVM's.
+        let _ = self.fd.kvmclock_ctrl();
     }
 
     fn counters(&self) -> Vec<(&'static str, u64)> {

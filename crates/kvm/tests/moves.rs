@@ -4,14 +4,7 @@
 
 mod support;
 
-use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
-    thread,
-    time::{Duration, Instant},
-};
+use std::sync::atomic::Ordering;
 
 use iced_x86::code_asm::*;
 use ruse_arch::{
@@ -19,7 +12,7 @@ use ruse_arch::{
     state::{FpuState, reg},
 };
 use ruse_dbt::{DbtEngine, DbtOptions};
-use ruse_engine::{Engine, Halt};
+use ruse_engine::Engine;
 use ruse_memory::GuestRam;
 use support::*;
 use vm_memory::{Bytes, GuestAddress};
@@ -187,52 +180,19 @@ fn uninterrupted(engine: &dyn Engine, cpl: u16, rounds: u64) -> Outcome {
     Outcome::of(rig.vcpu.state().unwrap(), &rig.ram)
 }
 
-/// Kicks the vCPU that runs at random moments, until it is told to stop.
-fn kick_at_random(bus: &Recorder, stop: &AtomicBool) {
-    let mut random = 0x2545_f491_4f6c_dd1d_u64;
-    while !stop.load(Ordering::SeqCst) {
-        random ^= random << 13;
-        random ^= random >> 7;
-        random ^= random << 17;
-        let until = Instant::now() + Duration::from_micros(random % 300);
-        // A sleep would be as long as the host's scheduler likes.
-        while Instant::now() < until {
-            thread::yield_now();
-        }
-        bus.handle().kick();
-    }
-}
-
 /// Moves the computation between vCPUs of two engines; what it leaves behind, its rounds, and moves in which it got on.
 fn moved(engines: [&dyn Engine; 2], cpl: u16, moves: usize) -> (Outcome, u64, usize) {
-    let (ram, mut state) = prepare(cpl);
+    let (ram, state) = prepare(cpl);
     set_limit(&ram, u64::MAX);
     let mut rigs = engines.map(|engine| Rig::over(engine, ram.clone()));
-    let (bus, stop) = (Arc::new(Recorder::default()), Arc::new(AtomicBool::new(false)));
-    bus.attend(&*rigs[0].vcpu);
-    let kicker = thread::spawn({
-        let (bus, stop) = (bus.clone(), stop.clone());
-        move || kick_at_random(&bus, &stop)
-    });
     let (mut made, mut limit) = (0, u64::MAX);
-    for turn in 0.. {
-        let vcpu = &mut rigs[turn % 2].vcpu;
-        vcpu.set_state(&state).unwrap();
-        bus.attend(&**vcpu);
-        assert_eq!(vcpu.run(&*bus).unwrap(), Halt::Kicked);
-        let after = vcpu.state().unwrap();
-        made += usize::from((after.rip, after.gpr) != (state.rip, state.gpr));
-        state = after;
-        if bus.has_ended() {
-            break;
-        }
+    let state = move_at_random(&mut rigs, state, |before, after| {
+        made += usize::from((after.rip, after.gpr) != (before.rip, before.gpr));
         if made >= moves && limit == u64::MAX {
-            limit = state.gpr[ROUNDS] + 2;
+            limit = after.gpr[ROUNDS] + 2;
             set_limit(&ram, limit);
         }
-    }
-    stop.store(true, Ordering::SeqCst);
-    kicker.join().unwrap();
+    });
     set_limit(&ram, limit);
     (Outcome::of(state, &ram), limit, made)
 }

@@ -1,8 +1,9 @@
 //! The machine as a vCPU sees it: routes accesses to devices and interrupt chips.
 
 use ruse_devices::bus::AddressMap;
+use ruse_devices::fabric::Msi;
 use ruse_devices::lapic;
-use ruse_engine::{Bus, MsrFault};
+use ruse_engine::{Bus, Message, MsrFault};
 
 use crate::board::{Board, X87_DRIVER, X87_LINE};
 use crate::platform::Target;
@@ -84,6 +85,11 @@ impl Bus for Board {
     }
     fn apic_init(&self, vcpu: u32) {
         self.interrupts(|chips, _| chips.init_cpu(vcpu));
+    }
+
+    fn deliver(&self, message: Message) {
+        let Message { address, data } = message;
+        self.interrupts(|chips, _| chips.msi(Msi { address, data }));
     }
 
     fn end_of_interrupt(&self, vector: u8) {

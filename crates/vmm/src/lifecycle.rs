@@ -37,6 +37,8 @@ pub enum Phase {
 pub(crate) enum Step {
     /// Run on.
     Run,
+    /// Run on after the machine was held.
+    Resume,
     /// Take the state of the start, then run.
     Start,
     /// Leave.
@@ -207,6 +209,7 @@ impl Lifecycle {
     /// What vCPU `id` does next; parks while the machine does not run. `epoch` is of the thread, zero at first.
     pub(crate) fn next(&self, id: u32, epoch: &mut u64) -> Step {
         let mut life = lock(&self.life);
+        let held = life.phase == Phase::Paused;
         if life.phase != Phase::Running {
             self.set_parked(&mut life, id, true);
             while matches!(life.phase, Phase::Paused | Phase::Resetting) {
@@ -218,7 +221,7 @@ impl Lifecycle {
         }
         self.set_parked(&mut life, id, false);
         if *epoch == life.epoch {
-            return Step::Run;
+            return if held { Step::Resume } else { Step::Run };
         }
         *epoch = life.epoch;
         if id == 0 && life.first_entry.is_none() {

@@ -77,6 +77,7 @@ impl VcpuThread {
                 Step::Start => {
                     self.vcpu.set_state(&self.start)?;
                 }
+                Step::Resume => self.vcpu.held(),
                 Step::Run => {}
             }
             let halt = self.vcpu.run(&*board)?;

@@ -13,7 +13,7 @@ use crate::machine::{Ended, Machine, word};
 use crate::vmlinux;
 
 /// The default guest. Where it cannot be fetched, the test says so and is left out.
-fn guest() -> Option<GuestFiles> {
+pub fn guest() -> Option<GuestFiles> {
     prepare(DefaultGuest::new())
 }
 
@@ -154,7 +154,8 @@ fn start_shell(options: &[&str]) -> Machine {
     machine
 }
 
-fn expect_shell(machine: &mut Machine) {
+/// Waits for the default guest's shell.
+pub fn expect_shell(machine: &mut Machine) {
     machine.expect("poweroff ends the virtual machine.");
     machine.expect("# ");
 }

@@ -100,6 +100,17 @@ impl Machine {
         }
     }
 
+    /// Types a command at the guest's shell; the line that it prints.
+    #[track_caller]
+    pub fn ask(&mut self, command: &str) -> String {
+        // The echo of what is typed does not look like the answer.
+        self.type_in(&format!("echo ans$((6))wer $({command})\n"));
+        self.expect("ans6wer ");
+        let begin = self.seen;
+        self.expect("\n");
+        self.console[begin..].lines().next().unwrap_or_default().to_owned()
+    }
+
     /// Fails the test if the guest prints `text` within a time.
     #[track_caller]
     pub fn expect_not(&mut self, text: &str, time: Duration) {

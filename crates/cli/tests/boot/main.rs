@@ -1,6 +1,7 @@
 //! Real guests under the `ruse` program, judged by what they print and how they end.
 
 mod bare;
+mod clock;
 mod linux;
 mod log;
 mod machine;

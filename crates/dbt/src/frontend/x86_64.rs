@@ -516,8 +516,9 @@ mod tests {
 
     #[test]
     fn dangerous_instructions_are_left_to_tier_0() {
-        let codes: [(&[u8], Op); 6] = [
+        let codes: [(&[u8], Op); 7] = [
             (&[0x0f, 0xa2], Op::Step),                   // cpuid
+            (&[0x0f, 0x01, 0xc1], Op::Interpret),        // vmcall
             (&[0xf3, 0x48, 0x0f, 0xae, 0xd8], Op::Step), // wrgsbase rax
             (&[0x0f, 0x05], Op::Interpret),              // syscall
             (&[0xf3, 0xa4], Op::Step),                   // rep movsb

@@ -70,6 +70,11 @@ impl Peer {
     pub(super) fn has_seen(&self, bits: u32) -> bool {
         !self.inside.load(Ordering::SeqCst) || self.arena.shared.requests.load(Ordering::SeqCst) & bits == 0
     }
+    /// Raises requests and gets the vCPU out of a wait.
+    pub fn wake_with(&self, bits: u32) {
+        self.request(bits);
+        (self.wake)();
+    }
     /// Takes the notes that have arrived.
     pub fn take_notes(&self) -> Vec<Note> {
         std::mem::take(&mut self.notes.lock().unwrap_or_else(PoisonError::into_inner))
@@ -77,8 +82,7 @@ impl Peer {
 
     fn post(&self, note: Note) {
         self.notes.lock().unwrap_or_else(PoisonError::into_inner).push(note);
-        self.arena.shared.raise(request::MEMORY);
-        (self.wake)();
+        self.wake_with(request::MEMORY);
     }
 
     fn is_done(&self) -> bool {
@@ -137,6 +141,11 @@ impl CodeMap {
         }
         peers[id as usize] = Some(peer.clone());
         peer
+    }
+
+    /// vCPU `id`, if there is one.
+    pub fn peer(&self, id: u32) -> Option<Arc<Peer>> {
+        self.peers.read().unwrap_or_else(PoisonError::into_inner).get(id as usize)?.clone()
     }
 
     /// vCPU `id` gains the right to write directly to the page, unless there is code on it.

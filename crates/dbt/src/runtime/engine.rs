@@ -19,6 +19,7 @@ use crate::{
         Mmu,
         watch::{CodeMap, MAX_VCPUS},
     },
+    paravirt::clock::VmClock,
 };
 
 /// Choices of the engine.
@@ -63,7 +64,14 @@ impl Engine for DbtEngine {
             });
         }
         let code = CodeMap::new(ram.clone());
-        Ok(Arc::new(DbtVm { ram, clock, code, doorbells: Arc::default(), options: self.options }))
+        Ok(Arc::new(DbtVm {
+            ram,
+            clock,
+            code,
+            doorbells: Arc::default(),
+            guest_clock: Arc::default(),
+            options: self.options,
+        }))
     }
 }
 
@@ -72,6 +80,7 @@ struct DbtVm {
     clock: Arc<Clock>,
     code: Arc<CodeMap>,
     doorbells: Arc<DoorbellTable>,
+    guest_clock: Arc<VmClock>,
     options: DbtOptions,
 }
 
@@ -83,6 +92,7 @@ impl Vm for DbtVm {
         let mmu = Mmu::new(self.ram.clone(), self.code.clone(), id);
         let mut cpu = CpuBox::new(id, cpuid, self.clock.clone(), mmu);
         cpu.doorbells = self.doorbells.reader();
+        cpu.paravirt.share(self.guest_clock.clone());
         let vcpu = DbtVcpu::new(cpu, self.options)
             .map_err(|source| EngineError::Host { what: "cannot make memory for generated code", source })?;
         Ok(Box::new(vcpu))

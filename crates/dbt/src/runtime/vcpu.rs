@@ -25,6 +25,7 @@ use crate::{
         access::Place,
         watch::{Note, Peer},
     },
+    paravirt,
     tier0::{
         self, Features,
         interrupt::{self, Event},
@@ -114,7 +115,10 @@ impl DbtVcpu {
             }
             match self.cpu.mp_state {
                 MpState::Running => {}
-                MpState::Halted if self.event_waits() => self.cpu.mp_state = MpState::Running,
+                MpState::Halted if self.event_waits() => {
+                    self.cpu.paravirt.unhalted = false;
+                    self.cpu.mp_state = MpState::Running;
+                }
                 MpState::Halted | MpState::WaitForSipi => {
                     let shared = self.cpu.shared();
                     let ready = || shared.requests.load(std::sync::atomic::Ordering::SeqCst) != 0;
@@ -138,6 +142,9 @@ impl DbtVcpu {
 
     fn deliver(&mut self, event: Event) -> Result<(), interrupt::Shutdown> {
         self.cpu.counters.interrupts += 1;
+        if matches!(event, Event::Interrupt(_)) {
+            paravirt::steal::tell(&mut self.cpu);
+        }
         interrupt::deliver(&mut self.cpu, event)
     }
 
@@ -159,6 +166,9 @@ impl DbtVcpu {
         }
         if bits & request::SIPI != 0 && self.cpu.mp_state == MpState::WaitForSipi {
             self.start_up(shared.sipi_vector.load(std::sync::atomic::Ordering::SeqCst));
+        }
+        if bits & request::UNHALT != 0 {
+            self.cpu.paravirt.unhalted = true;
         }
         if bits & request::NMI != 0 {
             self.cpu.nmi_pending = true;
@@ -201,6 +211,7 @@ impl DbtVcpu {
         let cpu = &self.cpu;
         cpu.exception.is_some()
             || cpu.interrupt.is_some()
+            || cpu.paravirt.unhalted
             || (cpu.nmi_pending && !cpu.nmi_blocked)
             || (cpu.rflags & rflags::IF != 0 && cpu.bus().interrupt_pending(cpu.id))
     }
@@ -500,7 +511,10 @@ impl DbtVcpu {
 
 impl Vcpu for DbtVcpu {
     fn run(&mut self, bus: &dyn Bus) -> Result<Halt, EngineError> {
-        self.on_this_thread(bus, Self::run_loop)
+        self.on_this_thread(bus, |this| {
+            paravirt::enter(&mut this.cpu);
+            this.run_loop()
+        })
     }
 
     fn handle(&self) -> Arc<dyn VcpuHandle> {
@@ -515,6 +529,10 @@ impl Vcpu for DbtVcpu {
         loadable(state)?;
         self.cpu.load_state(state);
         Ok(())
+    }
+
+    fn held(&mut self) {
+        paravirt::clock::held(&mut self.cpu);
     }
 
     fn counters(&self) -> Vec<(&'static str, u64)> {

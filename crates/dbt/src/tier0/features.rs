@@ -1,7 +1,9 @@
 //! Which instructions the guest's CPU has: the decoder's feature names against CPUID.
 
-use iced_x86::{CpuidFeature, Instruction};
+use iced_x86::{CpuidFeature, Instruction, Mnemonic};
 use ruse_engine::CpuidTable;
+
+use crate::paravirt;
 
 /// Words of the set.
 const WORDS: usize = 4;
@@ -117,12 +119,16 @@ const BITS: [(CpuidFeature, u32, u32, usize, u32); 78] = [
 
 /// A set of the decoder's features.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Features([u64; WORDS]);
+pub(crate) struct Features {
+    words: [u64; WORDS],
+    /// There is a hypervisor to call: VMCALL and VMMCALL, which else are VMX's and SVM's.
+    hypercalls: bool,
+}
 
 impl Features {
     /// What the CPUID table says. What is not known here is not there.
     pub fn new(cpuid: &CpuidTable) -> Self {
-        let mut set = Self([0; WORDS]);
+        let mut set = Self { words: [0; WORDS], hypercalls: paravirt::features(cpuid).is_some() };
         for feature in ALWAYS {
             set.insert(feature);
         }
@@ -137,16 +143,17 @@ impl Features {
     /// Whether a feature is there.
     pub fn has(&self, feature: CpuidFeature) -> bool {
         let at = feature as usize;
-        self.0[at / 64 % WORDS] >> (at % 64) & 1 != 0
+        self.words[at / 64 % WORDS] >> (at % 64) & 1 != 0
     }
 
     /// Whether everything that the instruction needs is there.
     pub fn allow(&self, i: &Instruction) -> bool {
-        i.cpuid_features().iter().all(|&f| self.has(f))
+        let hypercall = self.hypercalls && matches!(i.mnemonic(), Mnemonic::Vmcall | Mnemonic::Vmmcall);
+        hypercall || i.cpuid_features().iter().all(|&f| self.has(f))
     }
 
     fn insert(&mut self, feature: CpuidFeature) {
         let at = feature as usize;
-        self.0[at / 64 % WORDS] |= 1 << (at % 64);
+        self.words[at / 64 % WORDS] |= 1 << (at % 64);
     }
 }

@@ -10,7 +10,7 @@ use ruse_arch::{
 };
 
 use super::{Insn, table::privileged};
-use crate::cpu::Cpu;
+use crate::{cpu::Cpu, paravirt};
 
 /// Eight variable-range MTRRs, the fixed ranges and write-combining.
 const MTRR_CAP: u64 = 0x508;
@@ -110,7 +110,10 @@ pub(super) fn read(cpu: &mut Cpu, number: u32) -> Result<u64, Exception> {
     if is_apic(number) {
         let value = cpu.bus().apic_msr(cpu.id, number).map_err(|_| BAD)?;
         let armed = number == msr::TSC_DEADLINE && value != 0;
-        return Ok(if armed { value.wrapping_add(tsc_lead(cpu)) } else { value });
+        return Ok(if armed { value.wrapping_add(cpu.tsc_lead()) } else { value });
+    }
+    if paravirt::msr::is_one(number) {
+        return paravirt::msr::read(cpu, number);
     }
     if let Some(i) = fixed_mtrr(number) {
         return Ok(cpu.mtrr_fixed[i]);
@@ -159,6 +162,9 @@ pub(super) fn write(cpu: &mut Cpu, number: u32, value: u64) -> Result<(), Except
         let value = if number == msr::TSC_DEADLINE { deadline_of_clock(cpu, value) } else { value };
         return cpu.bus().set_apic_msr(cpu.id, number, value).map_err(|_| BAD);
     }
+    if paravirt::msr::is_one(number) {
+        return paravirt::msr::write(cpu, number, value);
+    }
     if fixed_mtrr(number).is_some() || variable_mtrr(number).is_some() || number == msr::MTRR_DEF_TYPE {
         return write_mtrr(cpu, number, value);
     }
@@ -195,18 +201,13 @@ pub(super) fn write(cpu: &mut Cpu, number: u32, value: u64) -> Result<(), Except
     Ok(())
 }
 
-/// How far the vCPU's TSC is ahead of the machine's clock, by which the local APIC's timer goes.
-fn tsc_lead(cpu: &Cpu) -> u64 {
-    cpu.tsc_offset.wrapping_add(cpu.tsc_adjust).wrapping_sub(cpu.clock.tsc_offset())
-}
-
-/// A deadline of the vCPU's TSC as the machine's clock tells it. One before the clock's start is in the past, too; zero
+/// A deadline of the vCPU's TSC as the machine's clock tells it, by which the local APIC's timer goes. One before the clock's start is in the past, too; zero
 /// would disarm the timer.
 fn deadline_of_clock(cpu: &Cpu, deadline: u64) -> u64 {
     if deadline == 0 {
         return 0;
     }
-    let at = i128::from(deadline) - i128::from(tsc_lead(cpu) as i64);
+    let at = i128::from(deadline) - i128::from(cpu.tsc_lead() as i64);
     at.clamp(1, u64::MAX.into()) as u64
 }
 
@@ -215,6 +216,7 @@ fn deadline_of_clock(cpu: &Cpu, deadline: u64) -> u64 {
 fn set_tsc_adjust(cpu: &mut Cpu, value: u64) -> Result<(), Exception> {
     let deadline = read(cpu, msr::TSC_DEADLINE).unwrap_or(0);
     cpu.tsc_adjust = value;
+    paravirt::clock::write(cpu);
     if deadline == 0 { Ok(()) } else { write(cpu, msr::TSC_DEADLINE, deadline) }
 }
 

@@ -3,13 +3,13 @@
 use ruse_arch::Exception;
 
 use super::{Insn, control, debug, far, info, interrupt, io, iret, msr, segment, syscall, table};
-use crate::cpu::Cpu;
+use crate::{cpu::Cpu, paravirt::hypercall};
 
 /// A module's executor: `Ok(false)` if the instruction is none of its own.
 type Group = fn(&mut Cpu, &Insn) -> Result<bool, Exception>;
 
 /// The modules, those with frequent instructions first.
-const GROUPS: [Group; 11] = [
+const GROUPS: [Group; 12] = [
     io::execute,
     control::execute,
     info::execute,
@@ -21,6 +21,7 @@ const GROUPS: [Group; 11] = [
     far::execute,
     debug::execute,
     table::execute,
+    hypercall::execute,
 ];
 
 /// Executes an instruction of this group; `false` if it is none.

@@ -9,6 +9,8 @@ use std::{
         Arc, Mutex,
         atomic::{AtomicBool, Ordering},
     },
+    thread,
+    time::{Duration, Instant},
 };
 
 use iced_x86::{IcedError, code_asm::*};
@@ -180,6 +182,52 @@ impl Rig {
         lapic.regs[0xf] |= 1 << 8;
         lapic
     }
+}
+
+/// Kicks the vCPU that runs at random moments, until it is told to stop.
+fn kick_at_random(bus: &Recorder, stop: &AtomicBool) {
+    let mut random = 0x2545_f491_4f6c_dd1d_u64;
+    while !stop.load(Ordering::SeqCst) {
+        random ^= random << 13;
+        random ^= random >> 7;
+        random ^= random << 17;
+        let until = Instant::now() + Duration::from_micros(random % 300);
+        // A sleep would be as long as the host's scheduler likes.
+        while Instant::now() < until {
+            thread::yield_now();
+        }
+        bus.handle().kick();
+    }
+}
+
+/// Runs a guest from `state` to its end, in turn on the vCPUs of two machines with the same RAM, from one to the other at
+/// random moments. `moved` gets the states before and after each run; the last one is returned.
+pub fn move_at_random(
+    rigs: &mut [Rig; 2],
+    mut state: VcpuState,
+    mut moved: impl FnMut(&VcpuState, &VcpuState),
+) -> VcpuState {
+    let (bus, stop) = (Arc::new(Recorder::default()), Arc::new(AtomicBool::new(false)));
+    bus.attend(&*rigs[0].vcpu);
+    let kicker = thread::spawn({
+        let (bus, stop) = (bus.clone(), stop.clone());
+        move || kick_at_random(&bus, &stop)
+    });
+    for turn in 0.. {
+        let vcpu = &mut rigs[turn % 2].vcpu;
+        vcpu.set_state(&state).unwrap();
+        bus.attend(&**vcpu);
+        assert_eq!(vcpu.run(&*bus).unwrap(), Halt::Kicked);
+        let after = vcpu.state().unwrap();
+        let before = std::mem::replace(&mut state, after);
+        if bus.has_ended() {
+            break;
+        }
+        moved(&before, &state);
+    }
+    stop.store(true, Ordering::SeqCst);
+    kicker.join().unwrap();
+    state
 }
 
 pub fn put(ram: &GuestRam, at: u64, bytes: &[u8]) {
