@@ -129,7 +129,7 @@ pub fn measure(engine: &KvmEngine) -> Result<Speed, EngineError> {
     let per_second = |events: u64, ns: u64| events * 1_000_000_000 / ns.max(1);
     let mut instructions = 0;
     for count in LONG {
-        let long = fastest(count / 2, 3)?.saturating_sub(exit);
+        let long = fastest(count / 2, 5)?.saturating_sub(exit);
         instructions = per_second(count, long);
         if long >= MEASURABLE {
             break;
