@@ -57,7 +57,7 @@ impl LogInterface {
             return Self::Ring;
         }
         let manual = u64::from(KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE);
-        let can_clear = has(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2) as u64 & manual != 0;
+        let can_clear = has(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2).max(0) as u64 & manual != 0;
         if self <= Self::ClearedBitmap && can_clear && enable(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, manual) {
             return Self::ClearedBitmap;
         }

@@ -118,15 +118,18 @@ fn an_eventfd_delivers_the_message_of_the_moment() {
         rig.put(at, &handler);
         rig.put(4 * u64::from(vector), &(at as u32).to_le_bytes());
     }
-    // Says a number, and waits with interrupts on until so many have come.
+    // Says a number, and halts until so many interrupts have come.
     let step = |a: &mut CodeAssembler, number: u32, count: u32| {
+        let (mut top, mut done) = (a.create_label(), a.create_label());
         say(a, number);
-        a.sti().unwrap();
-        let mut top = a.create_label();
         a.set_label(&mut top).unwrap();
-        a.cmp(word_ptr(COUNT), count).unwrap();
-        a.jb(top).unwrap();
         a.cli().unwrap();
+        a.cmp(word_ptr(COUNT), count).unwrap();
+        a.jae(done).unwrap();
+        a.sti().unwrap();
+        a.hlt().unwrap();
+        a.jmp(top).unwrap();
+        a.set_label(&mut done).unwrap();
     };
     let code = assemble(16, CODE, |a| {
         a.cli().unwrap();
