@@ -26,6 +26,14 @@ impl CpuDump {
         let code = read_code(&state, ram);
         Self { state, code }
     }
+
+    /// Whether this is the state after a reset, into which KVM brings a vCPU whose state a shutdown has left undefined
+    /// (AMD APM volume 2, 15.14.3).
+    fn is_after_reset(&self) -> bool {
+        let reset = VcpuState::default();
+        let begin = |s: &VcpuState| (s.rip, s.seg[seg::CS], s.cr0, s.gpr[0]);
+        begin(&self.state) == begin(&reset)
+    }
 }
 
 /// Guest memory for a walk that leaves accessed bits alone.
@@ -64,6 +72,9 @@ impl fmt::Display for CpuDump {
             "R14", "R15",
         ];
         let s = &self.state;
+        if self.is_after_reset() {
+            writeln!(f, "  (as after a reset: AMD's CPUs do not keep what was before a triple fault)")?;
+        }
         writeln!(f, "  RIP {:016x}  RFLAGS {:016x}", s.rip, s.rflags)?;
         for (names, values) in NAMES.chunks(4).zip(s.gpr.chunks(4)) {
             let row: Vec<_> = names.iter().zip(values).map(|(n, v)| format!("{n:3} {v:016x}")).collect();
@@ -104,7 +115,9 @@ mod tests {
         for part in ["RAX 00000000deadbeef", "code at RIP: 0f 0b 00", "CS  f000", "CR0 0000000060000010"] {
             assert!(text.contains(part), "{part} in\n{text}");
         }
+        assert!(!text.contains("reset"), "{text}");
         state.seg[seg::CS].base = 0xffff_0000;
         assert!(CpuDump::new(state, &ram).to_string().ends_with("not readable"));
+        assert!(CpuDump::new(VcpuState::default(), &ram).to_string().contains("as after a reset"));
     }
 }
