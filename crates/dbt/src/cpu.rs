@@ -151,6 +151,10 @@ pub struct Cpu {
     pub host_mxcsr: u32,
     /// Host stack pointer to go back to.
     pub host_rsp: u64,
+    /// Calls of generated code push no return addresses below this.
+    pub stack_limit: u64,
+    /// Low half of the address of the code of the return that was executed last.
+    pub return_site: u32,
     /// ES, CS, SS, DS, FS, GS.
     pub seg: [Segment; 6],
     /// Local descriptor table.
@@ -360,6 +364,8 @@ impl Cpu {
             fpu: FpuArea { fxsave: [0; 512], header: [0; 8], ymm_high: [[0; 2]; 16] },
             host_mxcsr: 0x1f80,
             host_rsp: 0,
+            stack_limit: 0,
+            return_site: 0,
             seg: [Segment::default(); 6],
             ldtr: Segment::default(),
             tr: Segment::default(),

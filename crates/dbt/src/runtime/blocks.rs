@@ -192,6 +192,12 @@ impl Blocks {
         base + self.thunks_end as u64..base + self.memory.size() as u64
     }
 
+    /// The address in generated code whose lower half is `low`.
+    pub fn whole_address(&self, low: u32) -> u64 {
+        let base = self.memory.rx_ptr() as u64;
+        base + u64::from(low.wrapping_sub(base as u32))
+    }
+
     /// Bytes of generated code.
     pub fn used(&self) -> usize {
         self.memory.used()

@@ -422,7 +422,8 @@ impl DbtVcpu {
                 let target = self.blocks.link_target(cpu.exit_aux as u32);
                 cpu.exit_value = target.expect("blocks go only between runs of generated code");
             }
-            exit::MISS => self.miss(),
+            exit::MISS => self.miss(self.cpu.exit_aux),
+            exit::RETURN => self.miss(self.blocks.whole_address(self.cpu.return_site)),
             exit::POLL => {
                 cpu.exit_reason = exit::AT;
                 cpu.exit_value = self.blocks.locate(cpu.exit_value - 1).expect(MARKED).rip;
@@ -432,14 +433,14 @@ impl DbtVcpu {
     }
 
     /// An indirect jump or a return leads where the jump cache knows nothing. Out of the address space, the instruction
-    /// itself faults: tier 0 executes it anew.
-    fn miss(&mut self) {
+    /// itself faults: tier 0 executes it anew. The code right before `site` belongs to it.
+    fn miss(&mut self, site: u64) {
         let cpu = &mut *self.cpu;
         cpu.exit_reason = exit::AT;
         if is_canonical(cpu.exit_value) {
             return;
         }
-        let at = self.blocks.locate(cpu.exit_aux - 1).expect(MARKED).rip;
+        let at = self.blocks.locate(site - 1).expect(MARKED).rip;
         (cpu.exit_reason, cpu.exit_value, cpu.rip) = (exit::INTERPRET, at, at);
         if let Ok(insn) = tier0::decode(cpu)
             && insn.i.flow_control() == FlowControl::Return

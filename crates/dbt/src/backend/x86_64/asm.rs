@@ -151,10 +151,10 @@ impl Asm {
         self.code.push(0xe9);
         self.rel32(target)
     }
-    /// `call target`.
-    pub fn call(&mut self, target: u64) {
+    /// `call target`; returns the offset of the displacement.
+    pub fn call(&mut self, target: u64) -> usize {
         self.code.push(0xe8);
-        self.rel32(target);
+        self.rel32(target)
     }
     /// `jcc target` with the condition in its encoding (0 to 15); returns the offset of the displacement.
     pub fn jcc(&mut self, condition: u8, target: u64) -> usize {
@@ -183,6 +183,8 @@ impl Asm {
 pub mod cc {
     /// Not equal.
     pub const NE: u8 = 5;
+    /// Below, unsigned.
+    pub const B: u8 = 2;
     /// Equal.
     pub const E: u8 = 4;
     /// Above, unsigned.

@@ -7,7 +7,7 @@ use super::{
     Home,
     asm::{
         Asm, Mem, cc,
-        host::{GUEST_RSP, T0, T1},
+        host::{GUEST_RSP, RSP, T0, T1},
     },
     block, home,
     thunks::{JUMP_HOST, Thunks, probe_jumps},
@@ -85,6 +85,10 @@ enum StubKind {
     Exit { target: u64, save_flags: bool },
     /// The link with this index is not resolved.
     Unresolved(usize),
+    /// There is no room for a return address; go on at this address.
+    NoRoom(u64),
+    /// A return leads to elsewhere than behind its call.
+    Unforeseen,
 }
 
 /// Makes the code of one region.
@@ -220,7 +224,14 @@ impl<'a> Emitter<'a> {
             }
             Op::Call { target } => {
                 self.push_address(i.next_ip());
-                self.exit_to(target);
+                self.make_room();
+                let branch = self.asm.call(0);
+                if self.is_near(target) {
+                    self.link(target, branch, false);
+                } else {
+                    self.stubs.push(Stub { branch, kind: StubKind::Exit { target, save_flags: false } });
+                }
+                self.returned(i.next_ip());
             }
             Op::JumpTo(value) => {
                 self.value(node, value);
@@ -234,15 +245,18 @@ impl<'a> Emitter<'a> {
                 self.asm.load(T1, Mem::At(T1, JUMP_HOST));
                 self.asm.store(block::scratch(0), T1);
                 self.push_address(i.next_ip());
-                self.asm.jmp_mem(block::scratch(0));
+                self.make_room();
+                self.asm.mem(&[], false, &[0xff], 2, block::scratch(0)); // call [scratch]
+                self.returned(i.next_ip());
             }
             Op::Return(extra) => {
                 self.asm.mov(T0, GUEST_RSP);
                 self.probe(MemUse { write: false, size: 8 });
                 self.asm.load(T0, Mem::At(T0, 0));
                 self.asm.lea(GUEST_RSP, GUEST_RSP, 8 + i32::from(extra));
-                self.find_jump(StubKind::Miss);
-                self.asm.jmp_mem(Mem::At(T1, JUMP_HOST));
+                let here = self.asm.here() as u32;
+                self.asm.store_imm32(block::RETURN_SITE, here);
+                self.asm.bytes(&[0xc3]);
             }
             Op::ReadSelector { segment, to, size } => self.read_selector(segment, to, size),
             Op::Step => {
@@ -494,21 +508,53 @@ impl<'a> Emitter<'a> {
 
     /// Leaves to a linear address that is known. The flags are in the block.
     fn exit_to(&mut self, target: u64) {
-        let index = self.links.len();
-        // An instruction that begins near the end of the page may depend on the next page's mapping.
-        let same_page = target >> 12 == self.start >> 12 && target & 0xfff <= 4096 - LONGEST;
-        if !same_page {
+        let near = self.is_near(target);
+        if !near {
             let generation =
                 if target >> 63 != 0 { block::KERNEL_GENERATION } else { block::USER_GENERATION };
             // Generation 0 is never in force: the guard fails until the link is resolved.
             self.asm.mem(&[], false, &[0x81], 7, generation);
             self.asm.bytes(&0u32.to_le_bytes());
             let branch = self.asm.jcc(cc::NE, 0);
-            self.stubs.push(Stub { branch, kind: StubKind::Unresolved(index) });
+            self.stubs.push(Stub { branch, kind: StubKind::Unresolved(self.links.len()) });
         }
         let site = self.asm.jmp(0);
-        self.stubs.push(Stub { branch: site, kind: StubKind::Unresolved(index) });
-        self.links.push(Link { target, site: site as u32, unresolved: 0, guarded: !same_page });
+        self.link(target, site, !near);
+    }
+
+    /// Whether the mapping under which this region runs is the target's as well. An instruction that begins near the end
+    /// of the page may depend on the next page's.
+    fn is_near(&self, target: u64) -> bool {
+        target >> 12 == self.start >> 12 && target & 0xfff <= 4096 - LONGEST
+    }
+
+    /// The displacement at `site` will lead to `target`.
+    fn link(&mut self, target: u64, site: usize, guarded: bool) {
+        self.stubs.push(Stub { branch: site, kind: StubKind::Unresolved(self.links.len()) });
+        self.links.push(Link { target, site: site as u32, unresolved: 0, guarded });
+    }
+
+    /// Sees to it that the host stack has room for one more return address.
+    fn make_room(&mut self) {
+        self.asm.mem(&[], true, &[0x3b], RSP, block::STACK_LIMIT); // cmp rsp, [limit]
+        let branch = self.asm.jcc(cc::B, 0);
+        self.stubs.push(Stub { branch, kind: StubKind::NoRoom(self.asm.here()) });
+    }
+
+    /// What comes behind a host `call`: the guest returns, to the linear address in T0. The host's `ret` is predicted, but
+    /// the guest may return to elsewhere.
+    fn returned(&mut self, expected: u64) {
+        let branch = if let Ok(short) = i32::try_from(expected as i64) {
+            self.asm.bytes(&[0x49, 0x81, 0xf8 | T0 & 7]); // cmp T0, expected
+            self.asm.bytes(&short.to_le_bytes());
+            self.asm.jcc(cc::NE, 0)
+        } else {
+            self.asm.mov_imm(T1, expected);
+            self.asm.regs(true, &[0x3b], T0, T1);
+            self.asm.jcc(cc::NE, 0)
+        };
+        self.stubs.push(Stub { branch, kind: StubKind::Unforeseen });
+        self.exit_to(expected);
     }
 
     /// Makes T1 address the jump cache's entry for the linear address in T0. The flags are in the block. Leaves as
@@ -548,6 +594,15 @@ impl<'a> Emitter<'a> {
                     self.exit_to(target);
                 }
                 StubKind::Unresolved(index) => self.unresolved(branch, index),
+                StubKind::NoRoom(back) => {
+                    self.asm.bind(branch);
+                    self.asm.call(self.thunks.forget_returns);
+                    self.asm.jmp(back);
+                }
+                StubKind::Unforeseen => {
+                    let to = self.thunks.unforeseen_return.wrapping_sub(self.asm.base + branch as u64 + 4);
+                    self.asm.code[branch..branch + 4].copy_from_slice(&(to as u32).to_le_bytes());
+                }
             }
         }
         for slow in std::mem::take(&mut self.slow_paths) {

@@ -2,7 +2,7 @@
 //!
 //! Register map: guest RAX to RDI (without RSP) and R8 to R12 live in the host registers of the same name, guest RSP in
 //! host R13; guest R13 to R15 live in the vCPU block, which GS addresses. Host R14 and R15 are scratch, host RSP is a
-//! host stack. The guest's vector registers and MXCSR are in the host's when `vectors_resident` says so, its x87 registers
+//! host stack, on which calls leave where their returns lead ([`crate::backend::x86_64::emit`]). The guest's vector registers and MXCSR are in the host's when `vectors_resident` says so, its x87 registers
 //! when `x87_resident` does: regions that use them load them first.
 //! Between regions the arithmetic flags lie in [`crate::cpu::Cpu::arith`].
 
@@ -70,6 +70,8 @@ pub(crate) mod block {
     pub const EXIT_AUX: Mem = Mem::Block(offset_of!(Cpu, exit_aux) as i32);
     pub const THIS: Mem = Mem::Block(offset_of!(Cpu, this) as i32);
     pub const HOST_RSP: Mem = Mem::Block(offset_of!(Cpu, host_rsp) as i32);
+    pub const STACK_LIMIT: Mem = Mem::Block(offset_of!(Cpu, stack_limit) as i32);
+    pub const RETURN_SITE: Mem = Mem::Block(offset_of!(Cpu, return_site) as i32);
     pub const HOST_MXCSR: Mem = Mem::Block(offset_of!(Cpu, host_mxcsr) as i32);
     pub const KERNEL_GS_BASE: Mem = Mem::Block(offset_of!(Cpu, kernel_gs_base) as i32);
     pub const TSC_OFFSET: Mem = Mem::Block(offset_of!(Cpu, tsc_offset) as i32);
@@ -94,4 +96,6 @@ pub mod exit {
     /// As [`AT`], from an indirect jump or a return whose target the jump cache does not know. The code right before the
     /// address in `exit_aux` belongs to it.
     pub const MISS: u32 = 5;
+    /// As [`MISS`] for a return, to which the code at [`Cpu::return_site`] belongs.
+    pub const RETURN: u32 = 6;
 }

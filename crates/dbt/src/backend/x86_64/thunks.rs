@@ -26,6 +26,12 @@ pub struct Thunks {
     pub exit_poll: u64,
     /// Called: leaves with [`exit::MISS`]; T0 holds the linear address.
     pub exit_miss: u64,
+    /// Goes to the linear address in T0, to which a return leads other than was foreseen, if the jump cache knows it,
+    /// else leaves with [`exit::RETURN`].
+    pub unforeseen_return: u64,
+    /// Called when the host stack has no more room for return addresses: forgets them. Comes back with the stack as it
+    /// is on entry.
+    pub forget_returns: u64,
     /// Called with the linear address of an instruction in T0 and its length in T1, the flags in the block: tier 0
     /// executes it. Returns, or leaves with [`exit::AT`]. Destroys the flags.
     pub step: u64,
@@ -80,6 +86,9 @@ const MXCSR_CONTROL: u32 = 0xffc0;
 /// All exceptions masked, round to nearest.
 const MXCSR_DEFAULT: u32 = 0x1f80;
 
+/// Bytes of return addresses on the host's stack: as deep as programs go, and little of what a thread has.
+const RETURNS: i32 = 64 << 10;
+
 /// Registers that a function keeps for its caller (System V ABI), in push order.
 const CALLEE_SAVED: [u8; 6] = [3, 5, 12, 13, 14, 15];
 
@@ -91,8 +100,7 @@ impl Thunks {
         load_vectors(&mut asm, avx);
         let store = asm.here();
         store_vectors(&mut asm, avx);
-        let mut thunks = Self { enter: asm.here(), load_vectors: load, ..Self::default() };
-        enter(&mut asm);
+        let mut thunks = Self { load_vectors: load, ..Self::default() };
         let leave = asm.here();
         leave_code(&mut asm, store);
         thunks.exit_link = asm.here();
@@ -101,6 +109,21 @@ impl Thunks {
         let unknown = asm.here();
         asm.store(block::EXIT_AUX, T1);
         exit_with(&mut asm, exit::LINK, leave);
+        let unforeseen = asm.here();
+        // The host's `ret` has taken the last word away, which says what is to be done when there are no more.
+        asm.lea(RSP, RSP, -8);
+        thunks.unforeseen_return = asm.here();
+        let miss = probe_jumps(&mut asm);
+        asm.jmp_mem(Mem::At(T1, JUMP_HOST));
+        asm.bind(miss);
+        exit_with(&mut asm, exit::RETURN, leave);
+        thunks.forget_returns = asm.here();
+        pop(&mut asm, T1);
+        asm.load(RSP, block::HOST_RSP);
+        asm.lea(RSP, RSP, -8);
+        asm.regs(false, &[0xff], 4, T1); // jmp T1
+        thunks.enter = asm.here();
+        enter(&mut asm, unforeseen);
         thunks.exit_poll = asm.here();
         pop(&mut asm, T0);
         exit_with(&mut asm, exit::POLL, leave);
@@ -155,13 +178,18 @@ fn add_rsp(asm: &mut Asm, n: i8) {
     asm.bytes(&[0x48, 0x83, 0xc4, n as u8]);
 }
 
-fn enter(asm: &mut Asm) {
+/// `unforeseen` is where a return leads for which there was no call since.
+fn enter(asm: &mut Asm, unforeseen: u64) {
     for reg in CALLEE_SAVED {
         push(asm, reg);
     }
     // Six registers and the return address: one word more aligns the stack for calls.
     add_rsp(asm, -8);
     asm.store(block::HOST_RSP, RSP);
+    asm.lea(T0, RSP, -RETURNS);
+    asm.store(block::STACK_LIMIT, T0);
+    asm.mov_imm(T0, unforeseen);
+    push(asm, T0);
     asm.store(block::scratch(7), 7);
     for (host, guest) in PINNED {
         asm.load(host, block::gpr(guest));
@@ -256,10 +284,13 @@ fn call_out(asm: &mut Asm, function: u64, load: u64, store: u64, arguments: impl
     when_resident(asm, store);
     asm.load(7, block::THIS);
     arguments(asm);
-    add_rsp(asm, -8);
+    // Calls of generated code leave the stack aligned or not.
+    const RBX: u8 = 3;
+    asm.mov(RBX, RSP);
+    asm.bytes(&[0x48, 0x83, 0xe4, 0xf0]); // and rsp, -16
     asm.mov_imm(0, function);
     asm.bytes(&[0xff, 0xd0]); // call rax
-    add_rsp(asm, 8);
+    asm.mov(RSP, RBX);
     asm.bytes(&[0x48, 0x85, 0xc0]); // test rax, rax
     let failed = asm.jcc(cc::E, 0);
     asm.mov(T0, 0);
