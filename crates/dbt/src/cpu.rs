@@ -16,7 +16,7 @@ use ruse_arch::{
 };
 use ruse_engine::{Bus, Clock, CpuidTable, DoorbellReader, IoAddress};
 
-use crate::mmu::Mmu;
+use crate::{backend::x86_64::groups::GROUPS, mmu::Mmu};
 
 /// What other threads ask of a vCPU; bits of [`Shared::requests`]. Any bit makes translated code return at the next
 /// block.
@@ -151,6 +151,8 @@ pub struct Cpu {
     pub host_mxcsr: u32,
     /// Host stack pointer to go back to.
     pub host_rsp: u64,
+    /// Host addresses of the groups of accesses of the region that runs.
+    pub groups: [u64; GROUPS],
     /// Calls of generated code push no return addresses below this.
     pub stack_limit: u64,
     /// Low half of the address of the code of the return that was executed last.
@@ -364,6 +366,7 @@ impl Cpu {
             fpu: FpuArea { fxsave: [0; 512], header: [0; 8], ymm_high: [[0; 2]; 16] },
             host_mxcsr: 0x1f80,
             host_rsp: 0,
+            groups: [0; GROUPS],
             stack_limit: 0,
             return_site: 0,
             seg: [Segment::default(); 6],

@@ -32,6 +32,8 @@ pub struct CodeMode {
     pub avx: bool,
     /// RDTSC does not fault, and reads the host's counter plus an offset.
     pub tsc: bool,
+    /// Each access is served by itself: for code whose groups of accesses fail.
+    pub plain: bool,
 }
 
 impl CodeMode {
@@ -42,6 +44,7 @@ impl CodeMode {
             | u32::from(self.sse) << 2
             | u32::from(self.avx) << 3
             | u32::from(self.tsc) << 4
+            | u32::from(self.plain) << 5
     }
 }
 
@@ -493,7 +496,8 @@ fn flags_read_at(at: u64, start: u64, page: &[u8]) -> u32 {
 mod tests {
     use super::*;
 
-    const KERNEL: CodeMode = CodeMode { kernel: true, x87: true, sse: true, avx: true, tsc: true };
+    const KERNEL: CodeMode =
+        CodeMode { kernel: true, x87: true, sse: true, avx: true, tsc: true, plain: false };
 
     fn lift(code: &[u8]) -> Region {
         Lifter::new(Box::new(|_| true), true).lift(0x1000, code, KERNEL).unwrap()

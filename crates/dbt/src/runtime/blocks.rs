@@ -123,6 +123,8 @@ struct Link {
     next: u32,
     /// It has a guard.
     guarded: bool,
+    /// It leads to a block without groups of accesses.
+    plain: bool,
 }
 
 /// Where a host address in generated code belongs.
@@ -240,7 +242,9 @@ impl Blocks {
         let offset = self.memory.used().next_multiple_of(16);
         let base = self.memory.rx_ptr() as u64 + offset as u64;
         let emitter = Emitter::new(base, first_link, &mut self.encoder, &mut self.info, &self.thunks);
-        let Code { bytes, links, marks } = emitter.emit(region);
+        // A second page may be another one when the links of a block are used that lead to itself.
+        let grouped = !mode.plain && source.second.is_none();
+        let Code { bytes, links, marks } = emitter.emit(region, grouped);
         self.memory.push(&bytes, 16)?;
         let absolute = |at: u32| at + offset as u32;
         self.links.extend(links.iter().map(|l| Link {
@@ -250,6 +254,7 @@ impl Blocks {
             to: NONE,
             next: NONE,
             guarded: l.guarded,
+            plain: l.plain,
         }));
         let id = self.blocks.len() as u32;
         let block = Block {
@@ -274,9 +279,10 @@ impl Blocks {
         Some(id)
     }
 
-    /// Linear address to which a link leads; `None` if the number means nothing (any more).
-    pub fn link_target(&self, link: u32) -> Option<u64> {
-        self.links.get(link as usize).map(|l| l.target)
+    /// Linear address to which a link leads, and whether it leads to a block without groups of accesses; `None` if the
+    /// number means nothing (any more).
+    pub fn link_target(&self, link: u32) -> Option<(u64, bool)> {
+        self.links.get(link as usize).map(|l| (l.target, l.plain))
     }
 
     /// Makes a link lead directly to a block. `generation` is that of the executable mappings in the target's half of

@@ -56,6 +56,26 @@ pub unsafe extern "C" fn slow_access(cpu: u64, va: u64, kind: u64, pc: u64) -> u
     0
 }
 
+/// Makes ready a group of accesses of so many bytes that the TLB has no entry for: its host address, or 0 if its bytes
+/// are not all on a page of RAM that may be accessed so.
+///
+/// # Safety
+/// Called by generated code only, with the address of the running vCPU's block.
+pub unsafe extern "C" fn slow_group(cpu: u64, va: u64, kind: u64) -> u64 {
+    // SAFETY: as in `slow_access`.
+    let cpu = unsafe { &mut *(cpu as *mut Cpu) };
+    cpu.select_view();
+    let size = (kind & 0xff) as usize;
+    let access = if kind >> 8 & 1 != 0 { Access::Write } else { Access::Read };
+    if !cpu.is_canonical(va) || va as usize % 4096 + size > 4096 {
+        return 0;
+    }
+    match cpu.place(va, size, access, Who::Current) {
+        Ok(Place::Ram(host)) => host as u64,
+        _ => 0,
+    }
+}
+
 /// Tier 0 executes the instruction of `len` bytes at `rip` in the middle of a region: 1 if the region goes on, 0 if it is
 /// left for the address in [`Cpu::exit_value`].
 ///

@@ -63,7 +63,11 @@ impl DbtVcpu {
         // The check executes what tier 0 does only once.
         let lifter = Lifter::new(Box::new(move |i| features.allow(i)), !options.check);
         let avx = std::is_x86_feature_detected!("avx");
-        let blocks = Blocks::new(Calls { slow_access: enter::slow_access, step: enter::step }, lifter, avx)?;
+        let blocks = Blocks::new(
+            Calls { slow_access: enter::slow_access, slow_group: enter::slow_group, step: enter::step },
+            lifter,
+            avx,
+        )?;
         cpu.update_mode();
         Ok(Self { cpu, blocks, handle, peer, options, pending_link: None, mismatch: None })
     }
@@ -244,7 +248,9 @@ impl DbtVcpu {
 
     /// Runs translated code where that is possible, else one instruction in tier 0.
     fn execute(&mut self) -> Result<(), Exception> {
-        let Some(mode) = self.code_mode() else { return tier0::step(&mut self.cpu) };
+        let Some(mut mode) = self.code_mode() else { return tier0::step(&mut self.cpu) };
+        let link = self.pending_link.and_then(|link| self.blocks.link_target(link));
+        mode.plain = link == Some((self.cpu.rip, true));
         if self.options.check {
             self.mismatch = self.check(mode)?;
             return Ok(());
@@ -275,7 +281,7 @@ impl DbtVcpu {
         // Check mode would read the clock twice.
         let plain_tsc = !self.options.check && !cpu.clock.is_slow();
         let tsc = plain_tsc && (kernel || cpu.paging.cr4 & cr4::TSD == 0);
-        Some(CodeMode { kernel, x87, sse, avx, tsc })
+        Some(CodeMode { kernel, x87, sse, avx, tsc, plain: false })
     }
 
     /// The block at RIP, translated if it is not there yet. `None`: tier 0 has to execute here.
@@ -385,7 +391,7 @@ impl DbtVcpu {
 
     fn resolve_link(&mut self, block: u32) {
         let Some(link) = self.pending_link.take() else { return };
-        if self.blocks.link_target(link) != Some(self.cpu.rip) {
+        if self.blocks.link_target(link).is_none_or(|(target, _)| target != self.cpu.rip) {
             return;
         }
         let generation = if self.cpu.rip >> 63 != 0 {
@@ -400,9 +406,9 @@ impl DbtVcpu {
         let entry = self.blocks.entry(block);
         let cpu = &mut *self.cpu;
         cpu.select_view();
-        cpu.mmu.set_jump_mode(mode.bits());
+        cpu.mmu.set_jump_mode(CodeMode { plain: false, ..mode }.bits());
         cpu.kernel_generation = cpu.mmu.kernel_generation();
-        if !self.options.check {
+        if !self.options.check && !mode.plain {
             let va = cpu.rip;
             cpu.mmu.fill_jump(va, entry);
         }
@@ -420,7 +426,7 @@ impl DbtVcpu {
         match cpu.exit_reason {
             exit::LINK => {
                 let target = self.blocks.link_target(cpu.exit_aux as u32);
-                cpu.exit_value = target.expect("blocks go only between runs of generated code");
+                cpu.exit_value = target.expect("blocks go only between runs of generated code").0;
             }
             exit::MISS => self.miss(self.cpu.exit_aux),
             exit::RETURN => self.miss(self.blocks.whole_address(self.cpu.return_site)),

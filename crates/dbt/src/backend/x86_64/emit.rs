@@ -1,6 +1,6 @@
 //! Makes host code of a region.
 
-use iced_x86::{Encoder, InstructionInfoFactory, RflagsBits};
+use iced_x86::{Encoder, Instruction, InstructionInfoFactory, RflagsBits};
 use ruse_arch::{flags::rflags, state::seg};
 
 use super::{
@@ -9,12 +9,15 @@ use super::{
         Asm, Mem, cc,
         host::{GUEST_RSP, RSP, T0, T1},
     },
-    block, home,
+    block,
+    groups::{self, Lead, Member, OPERAND, Places, STACK},
+    home,
     thunks::{JUMP_HOST, Thunks, probe_jumps},
 };
 use crate::{
     frontend::x86_64::ARITH,
     ir::{ACCESS_SIZES, MemUse, Node, Op, Region, Value},
+    mmu::tlb::Entry,
 };
 
 /// Bytes of the longest instruction (SDM volume 2, 2.3.11).
@@ -32,6 +35,8 @@ pub struct Link {
     /// For a target on another page: [`GUARD`] bytes before the site lies a constant that is compared with the
     /// generation of mappings.
     pub guarded: bool,
+    /// It leads to code without groups of accesses.
+    pub plain: bool,
 }
 
 /// Distance of a link's guard from its site: the constant, a conditional jump, the opcode of the jump.
@@ -63,8 +68,14 @@ pub struct Code {
 pub(super) struct SlowPath {
     pub branch: usize,
     pub back: u64,
-    pub mem: MemUse,
+    pub missed: Missed,
     pub guest: u16,
+}
+
+/// For what a probe was that missed.
+pub(super) enum Missed {
+    Access(MemUse),
+    Group(Lead),
 }
 
 /// A jump whose code is out of line.
@@ -98,6 +109,14 @@ pub struct Emitter<'a> {
     pub(super) info: &'a mut InstructionInfoFactory,
     pub(super) slow_paths: Vec<SlowPath>,
     pub(super) guest_offset: u16,
+    /// The group whose address T0 holds.
+    pub(super) held: Option<u8>,
+    /// The arithmetic flags are in the host's flags.
+    pub(super) in_host: bool,
+    /// Groups of accesses, by node.
+    places: Vec<Places>,
+    /// The node that is being made.
+    node: usize,
     thunks: &'a Thunks,
     stubs: Vec<Stub>,
     links: Vec<Link>,
@@ -105,8 +124,6 @@ pub struct Emitter<'a> {
     /// Number that the region's first link will have.
     first_link: u32,
     start: u64,
-    /// The arithmetic flags are in the host's flags.
-    in_host: bool,
     /// The arithmetic flags are in the block.
     in_block: bool,
     x87_loaded: bool,
@@ -127,21 +144,27 @@ impl<'a> Emitter<'a> {
             info,
             slow_paths: Vec::new(),
             guest_offset: 0,
+            held: None,
+            in_host: false,
+            places: Vec::new(),
+            node: 0,
             thunks,
             stubs: Vec::new(),
             links: Vec::new(),
             marks: Vec::new(),
             first_link,
             start: 0,
-            in_host: false,
             in_block: true,
             x87_loaded: false,
         }
     }
 
-    /// Makes the code.
-    pub fn emit(mut self, region: &Region) -> Code {
+    /// Makes the code. `grouped`: one probe may serve several accesses.
+    pub fn emit(mut self, region: &Region, grouped: bool) -> Code {
         self.start = region.start;
+        if grouped {
+            self.places = groups::find(region, self.info);
+        }
         self.mark();
         self.asm.cmp_imm32(block::REQUESTS, 0);
         let branch = self.asm.jcc(cc::NE, 0);
@@ -153,9 +176,10 @@ impl<'a> Emitter<'a> {
             self.asm.bind(over);
         }
         let mut ended = false;
-        for node in &region.nodes {
+        for (n, node) in region.nodes.iter().enumerate() {
+            self.node = n;
             self.guest_offset = node.insn.ip().wrapping_sub(region.start) as u16;
-            if node.op.probes() || node.x87 {
+            if self.destroys_flags(&node.op) || node.x87 {
                 self.spill_flags(live_in(node));
             }
             self.mark();
@@ -169,6 +193,23 @@ impl<'a> Emitter<'a> {
         }
         self.out_of_line();
         Code { bytes: self.asm.code, links: self.links, marks: self.marks }
+    }
+
+    /// The place of an access of the current node in a group.
+    pub(super) fn place(&self, place: usize) -> Option<Member> {
+        self.places.get(self.node)?[place]
+    }
+
+    /// Whether the code made for the operation of the current node destroys the host's flags before the operation itself
+    /// looks at them.
+    fn destroys_flags(&self, op: &Op) -> bool {
+        let follows = |place| self.place(place).is_some_and(|member| member.leads.is_none());
+        match op {
+            Op::Host(Some(_)) => !follows(OPERAND),
+            Op::Push(Value::Mem) => !follows(OPERAND) || !follows(STACK),
+            Op::Push(_) | Op::Pop(_) | Op::Leave => !follows(STACK),
+            _ => op.probes(),
+        }
     }
 
     fn mark(&mut self) {
@@ -212,6 +253,7 @@ impl<'a> Emitter<'a> {
             Op::EnableInterrupts => self.system_flag(rflags::IF, true),
             Op::UserAccess(allowed) => {
                 self.system_flag(rflags::AC, allowed);
+                self.held = None;
                 self.asm.load(T0, block::kernel_tlb(allowed));
                 self.asm.store(block::TLB, T0);
             }
@@ -250,9 +292,8 @@ impl<'a> Emitter<'a> {
                 self.returned(i.next_ip());
             }
             Op::Return(extra) => {
-                self.asm.mov(T0, GUEST_RSP);
-                self.probe(MemUse { write: false, size: 8 });
-                self.asm.load(T0, Mem::At(T0, 0));
+                let at = self.top_of_stack();
+                self.asm.load(T0, Mem::At(T0, at));
                 self.asm.lea(GUEST_RSP, GUEST_RSP, 8 + i32::from(extra));
                 let here = self.asm.here() as u32;
                 self.asm.store_imm32(block::RETURN_SITE, here);
@@ -264,6 +305,7 @@ impl<'a> Emitter<'a> {
                 self.asm.mov_imm(T1, i.len() as u64);
                 self.asm.call(self.thunks.step);
                 (self.in_host, self.in_block, self.x87_loaded) = (false, true, false);
+                self.held = None;
             }
             Op::Interpret => self.interpret(i.ip(), live_in(node)),
         }
@@ -272,15 +314,11 @@ impl<'a> Emitter<'a> {
 
     /// The identity lane.
     fn host_node(&mut self, node: &Node, mem: Option<MemUse>) -> Result<(), super::operands::Unencodable> {
-        if let Some(mem) = mem {
-            self.address(&node.insn);
-            self.probe(mem);
-            self.in_host = false;
-        }
+        let at = mem.map(|mem| self.operand(&node.insn, mem));
         // A partial change of flags that are alive needs the others beside it.
         let merged = if node.writes { node.live_out & !node.kills } else { 0 };
         let complete = self.restore_flags(node.reads | merged);
-        self.host_insn(&node.insn, mem.is_some())?;
+        self.host_insn(&node.insn, at)?;
         if node.writes {
             self.in_host = true;
             self.in_block = false;
@@ -334,6 +372,10 @@ impl<'a> Emitter<'a> {
     /// Loads a value into T0.
     fn value(&mut self, node: &Node, value: Value) {
         match value {
+            Value::Mem => {
+                let at = self.operand(&node.insn, MemUse { write: false, size: 8 });
+                self.asm.load(T0, Mem::At(T0, at));
+            }
             Value::Reg(guest) => {
                 let r = self.loaded(guest, T0);
                 if r != T0 {
@@ -341,73 +383,74 @@ impl<'a> Emitter<'a> {
                 }
             }
             Value::Imm(value) => self.asm.mov_imm(T0, value),
-            Value::Mem => {
-                self.address(&node.insn);
-                self.probe(MemUse { write: false, size: 8 });
-                self.in_host = false;
-                self.asm.load(T0, Mem::At(T0, 0));
-            }
         }
+        self.held = None;
     }
 
-    /// Host address of the 8 bytes below the stack pointer in T0.
-    fn probe_push(&mut self) {
-        self.asm.lea(T0, GUEST_RSP, -8);
-        self.probe(MemUse { write: true, size: 8 });
-        self.in_host = false;
+    /// Makes the instruction's memory operand accessible: its distance from T0.
+    fn operand(&mut self, i: &Instruction, mem: MemUse) -> i32 {
+        self.access(OPERAND, mem, |this| this.address(i))
+    }
+
+    /// Makes the 8 bytes below the stack pointer accessible: their distance from T0.
+    fn below_stack(&mut self) -> i32 {
+        self.access(STACK, MemUse { write: true, size: 8 }, |this| this.asm.lea(T0, GUEST_RSP, -8))
+    }
+
+    /// Makes the 8 bytes at the stack pointer accessible: their distance from T0.
+    fn top_of_stack(&mut self) -> i32 {
+        self.access(STACK, MemUse { write: false, size: 8 }, |this| this.asm.mov(T0, GUEST_RSP))
     }
 
     fn push(&mut self, node: &Node, value: Value) {
         match value {
             Value::Reg(guest) => {
-                self.probe_push();
+                let at = self.below_stack();
                 let r = self.loaded(guest, T1);
-                self.asm.store(Mem::At(T0, 0), r);
+                self.asm.store(Mem::At(T0, at), r);
             }
             Value::Imm(value) => {
-                self.probe_push();
-                self.store_constant(value);
+                let at = self.below_stack();
+                self.store_constant(at, value);
             }
             Value::Mem => {
                 self.value(node, value);
                 self.asm.store(block::scratch(0), T0);
-                self.probe_push();
+                let at = self.below_stack();
                 self.asm.load(T1, block::scratch(0));
-                self.asm.store(Mem::At(T0, 0), T1);
+                self.asm.store(Mem::At(T0, at), T1);
             }
         }
         self.asm.lea(GUEST_RSP, GUEST_RSP, -8);
     }
 
     fn push_address(&mut self, address: u64) {
-        self.probe_push();
-        self.store_constant(address);
+        let at = self.below_stack();
+        self.store_constant(at, address);
         self.asm.lea(GUEST_RSP, GUEST_RSP, -8);
     }
 
-    /// Stores a constant at the host address in T0.
-    fn store_constant(&mut self, value: u64) {
+    /// Stores a constant so many bytes from T0.
+    fn store_constant(&mut self, at: i32, value: u64) {
         if let Ok(short) = i32::try_from(value as i64) {
-            self.asm.store_imm(Mem::At(T0, 0), short);
+            self.asm.store_imm(Mem::At(T0, at), short);
         } else {
             self.asm.mov_imm(T1, value);
-            self.asm.store(Mem::At(T0, 0), T1);
+            self.asm.store(Mem::At(T0, at), T1);
         }
     }
 
     fn pop(&mut self, guest: u8) {
-        self.asm.mov(T0, GUEST_RSP);
-        self.probe(MemUse { write: false, size: 8 });
-        self.in_host = false;
+        let at = self.top_of_stack();
         match home(guest) {
-            Home::Host(GUEST_RSP) => self.asm.load(GUEST_RSP, Mem::At(T0, 0)),
+            Home::Host(GUEST_RSP) => self.asm.load(GUEST_RSP, Mem::At(T0, at)),
             Home::Host(r) => {
-                self.asm.load(r, Mem::At(T0, 0));
+                self.asm.load(r, Mem::At(T0, at));
                 self.asm.lea(GUEST_RSP, GUEST_RSP, 8);
             }
-            Home::Block(at) => {
-                self.asm.load(T0, Mem::At(T0, 0));
-                self.asm.store(Mem::Block(at), T0);
+            Home::Block(home) => {
+                self.asm.load(T1, Mem::At(T0, at));
+                self.asm.store(Mem::Block(home), T1);
                 self.asm.lea(GUEST_RSP, GUEST_RSP, 8);
             }
         }
@@ -415,14 +458,15 @@ impl<'a> Emitter<'a> {
 
     /// The pushed image has RF and VM clear (SDM volume 2, PUSHF).
     fn push_flags(&mut self) {
-        self.probe_push();
+        let at = self.below_stack();
+        self.in_host = false;
         self.asm.load(T1, block::ARITH);
         self.and_t1(rflags::ARITH as u32);
         self.asm.store(block::scratch(0), T1);
         self.asm.load(T1, block::RFLAGS);
         self.and_t1(!(rflags::ARITH | rflags::RF | rflags::VM) as u32);
         self.asm.mem(&[], true, &[0x0b], T1, block::scratch(0)); // or T1, [scratch]
-        self.asm.store(Mem::At(T0, 0), T1);
+        self.asm.store(Mem::At(T0, at), T1);
         self.asm.lea(GUEST_RSP, GUEST_RSP, -8);
     }
 
@@ -434,10 +478,8 @@ impl<'a> Emitter<'a> {
 
     fn leave(&mut self) {
         const RBP: u8 = 5;
-        self.asm.mov(T0, RBP);
-        self.probe(MemUse { write: false, size: 8 });
-        self.in_host = false;
-        self.asm.load(T1, Mem::At(T0, 0));
+        let at = self.access(STACK, MemUse { write: false, size: 8 }, |this| this.asm.mov(T0, RBP));
+        self.asm.load(T1, Mem::At(T0, at));
         self.asm.lea(GUEST_RSP, RBP, 8);
         self.asm.mov(RBP, T1);
     }
@@ -465,6 +507,7 @@ impl<'a> Emitter<'a> {
     }
 
     fn read_selector(&mut self, segment: u8, to: u8, size: u8) {
+        self.held = None;
         let (dst, home) = match home(to) {
             Home::Host(r) => (r, None),
             Home::Block(at) => (T0, Some(Mem::Block(at))),
@@ -485,6 +528,7 @@ impl<'a> Emitter<'a> {
 
     fn swap_gs(&mut self) {
         let base = block::segment_base(seg::GS);
+        self.held = None;
         self.asm.load(T0, base);
         self.asm.load(T1, block::KERNEL_GS_BASE);
         self.asm.store(base, T1);
@@ -531,7 +575,7 @@ impl<'a> Emitter<'a> {
     /// The displacement at `site` will lead to `target`.
     fn link(&mut self, target: u64, site: usize, guarded: bool) {
         self.stubs.push(Stub { branch: site, kind: StubKind::Unresolved(self.links.len()) });
-        self.links.push(Link { target, site: site as u32, unresolved: 0, guarded });
+        self.links.push(Link { target, site: site as u32, unresolved: 0, guarded, plain: false });
     }
 
     /// Sees to it that the host stack has room for one more return address.
@@ -566,6 +610,9 @@ impl<'a> Emitter<'a> {
 
     /// Emits what the straight code jumps to when something is not as usual.
     fn out_of_line(&mut self) {
+        for slow in std::mem::take(&mut self.slow_paths) {
+            self.slow_path(&slow);
+        }
         let mut next = 0;
         while next < self.stubs.len() {
             let Stub { branch, ref kind } = self.stubs[next];
@@ -605,9 +652,6 @@ impl<'a> Emitter<'a> {
                 }
             }
         }
-        for slow in std::mem::take(&mut self.slow_paths) {
-            self.slow_path(&slow);
-        }
     }
 
     fn unresolved(&mut self, branch: usize, index: usize) {
@@ -631,10 +675,28 @@ impl<'a> Emitter<'a> {
     fn slow_path(&mut self, slow: &SlowPath) {
         self.asm.bind(slow.branch);
         self.marks.push(Mark { host: self.asm.code.len() as u32, guest: slow.guest, host_flags: false });
-        let size =
-            ACCESS_SIZES.iter().position(|&s| s == slow.mem.size).expect("the front end knows the sizes");
-        self.asm.call(self.thunks.slow_access[size][usize::from(slow.mem.write)]);
-        self.asm.jmp(slow.back);
+        match slow.missed {
+            Missed::Access(mem) => {
+                let size =
+                    ACCESS_SIZES.iter().position(|&s| s == mem.size).expect("the front end knows the sizes");
+                self.asm.call(self.thunks.slow_access[size][usize::from(mem.write)]);
+                self.asm.jmp(slow.back);
+            }
+            Missed::Group(lead) => self.slow_group(slow, lead),
+        }
+    }
+
+    /// A group whose bytes are not all accessible: its instructions go on in code without groups.
+    fn slow_group(&mut self, slow: &SlowPath, lead: Lead) {
+        // add T0, [T1 + tag]
+        self.asm.mem(&[], true, &[0x03], T0, Mem::At(T1, Entry::tag_offset(lead.write)));
+        self.asm.mov_imm(T1, u64::from(lead.span) | u64::from(lead.write) << 8);
+        self.asm.call(self.thunks.slow_group);
+        self.asm.regs(true, &[0x85], T0, T0); // test T0, T0
+        self.asm.jcc(cc::NE, slow.back);
+        let site = self.asm.jmp(0);
+        self.link(self.start.wrapping_add(slow.guest.into()), site, false);
+        self.links.last_mut().expect("just made").plain = true;
     }
 }
 

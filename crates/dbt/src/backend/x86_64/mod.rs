@@ -8,6 +8,7 @@
 
 pub mod asm;
 pub mod emit;
+pub mod groups;
 mod operands;
 pub mod thunks;
 
@@ -70,6 +71,9 @@ pub(crate) mod block {
     pub const EXIT_AUX: Mem = Mem::Block(offset_of!(Cpu, exit_aux) as i32);
     pub const THIS: Mem = Mem::Block(offset_of!(Cpu, this) as i32);
     pub const HOST_RSP: Mem = Mem::Block(offset_of!(Cpu, host_rsp) as i32);
+    pub fn group(number: u8) -> Mem {
+        Mem::Block(offset_of!(Cpu, groups) as i32 + 8 * i32::from(number))
+    }
     pub const STACK_LIMIT: Mem = Mem::Block(offset_of!(Cpu, stack_limit) as i32);
     pub const RETURN_SITE: Mem = Mem::Block(offset_of!(Cpu, return_site) as i32);
     pub const HOST_MXCSR: Mem = Mem::Block(offset_of!(Cpu, host_mxcsr) as i32);

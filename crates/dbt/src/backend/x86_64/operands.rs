@@ -10,7 +10,8 @@ use super::{
         host::{T0, T1},
     },
     block,
-    emit::{Emitter, SlowPath},
+    emit::{Emitter, Missed, SlowPath},
+    groups::Member,
     home,
 };
 use crate::{
@@ -70,6 +71,9 @@ impl Emitter<'_> {
         match home(guest) {
             Home::Host(r) => r,
             Home::Block(at) => {
+                if scratch == T0 {
+                    self.held = None;
+                }
                 self.asm.load(scratch, Mem::Block(at));
                 scratch
             }
@@ -82,7 +86,10 @@ impl Emitter<'_> {
         let guest = gpr_index(i.op0_register()).expect("LEA writes a general register") as u8;
         let dst = match home(guest) {
             Home::Host(r) => r,
-            Home::Block(_) => T0,
+            Home::Block(_) => {
+                self.held = None;
+                T0
+            }
         };
         if i.is_ip_rel_memory_operand() {
             let value = i.memory_displacement64();
@@ -96,8 +103,32 @@ impl Emitter<'_> {
         }
     }
 
+    /// Makes T0 address bytes that an access of the current node may use; returns their distance from it. `address` is
+    /// called where that needs the access's linear address in T0. Uses T1; destroys the flags unless the access follows
+    /// another of its group.
+    pub(super) fn access(&mut self, place: usize, mem: MemUse, address: impl FnOnce(&mut Self)) -> i32 {
+        let Some(Member { group, at, leads }) = self.place(place) else {
+            address(self);
+            self.probe(mem.size, mem.write, Missed::Access(mem));
+            self.held = None;
+            return 0;
+        };
+        if let Some(lead) = leads {
+            address(self);
+            if at != 0 {
+                self.asm.lea(T0, T0, -i32::from(at));
+            }
+            self.probe(lead.span, lead.write, Missed::Group(lead));
+            self.asm.store(block::group(group), T0);
+        } else if self.held != Some(group) {
+            self.asm.load(T0, block::group(group));
+        }
+        self.held = Some(group);
+        at.into()
+    }
+
     /// Turns the linear address in T0 into the host address of `size` bytes there. Uses T1; destroys the flags.
-    pub(super) fn probe(&mut self, mem: MemUse) {
+    fn probe(&mut self, size: u8, write: bool, missed: Missed) {
         // The index: bits 12 and up of the address, times the size of an entry.
         const SHIFT: u8 = 12 - size_of::<Entry>().trailing_zeros() as u8;
         const MASK: u32 = ((ENTRIES - 1) * size_of::<Entry>()) as u32;
@@ -108,27 +139,28 @@ impl Emitter<'_> {
         asm.bytes(&MASK.to_le_bytes());
         asm.mem(&[], true, &[0x03], T1, block::TLB); // add T1, [tlb]
         // sub T0, [T1 + tag]
-        asm.mem(&[], true, &[0x2b], T0, Mem::At(T1, Entry::tag_offset(mem.write)));
+        asm.mem(&[], true, &[0x2b], T0, Mem::At(T1, Entry::tag_offset(write)));
         asm.bytes(&[0x49, 0x81, 0xf8 | T0 & 7]); // cmp T0, 4096 - size
-        asm.bytes(&(4096 - u32::from(mem.size)).to_le_bytes());
+        asm.bytes(&(4096 - u32::from(size)).to_le_bytes());
         let branch = asm.jcc(cc::A, 0);
         asm.mem(&[], true, &[0x03], T0, Mem::At(T1, std::mem::offset_of!(Entry, host) as i32));
         let back = self.asm.here();
-        self.slow_paths.push(SlowPath { branch, back, mem, guest: self.guest_offset });
+        self.in_host = false;
+        self.slow_paths.push(SlowPath { branch, back, missed, guest: self.guest_offset });
     }
 
-    /// Re-encodes the instruction for the host. Its memory operand, if it has one, is at the address in T0.
-    pub(super) fn host_insn(&mut self, insn: &Instruction, mem: bool) -> Result<(), Unencodable> {
+    /// Re-encodes the instruction for the host. Its memory operand, if it has one, is so many bytes from T0.
+    pub(super) fn host_insn(&mut self, insn: &Instruction, mem: Option<i32>) -> Result<(), Unencodable> {
         let mut i = *insn;
-        if mem {
+        if let Some(distance) = mem {
             i.set_memory_base(Register::R14);
             i.set_memory_index(Register::None);
             i.set_memory_index_scale(1);
-            i.set_memory_displacement64(0);
-            i.set_memory_displ_size(0);
+            i.set_memory_displacement64(distance as u64);
+            i.set_memory_displ_size(u32::from(distance != 0));
             i.set_segment_prefix(Register::None);
         }
-        let mut free: &[u8] = if mem { &[T1] } else { &[T0, T1] };
+        let mut free: &[u8] = if mem.is_some() { &[T1] } else { &[T0, T1] };
         let mut moved: Vec<(usize, u8, bool, bool)> = Vec::new();
         for op in 0..i.op_count() {
             if i.op_kind(op) != OpKind::Register {
@@ -158,6 +190,9 @@ impl Emitter<'_> {
             i.set_op_register(op, host_register(register, number));
         }
         for &(guest, r, reads, _) in &moved {
+            if r == T0 {
+                self.held = None;
+            }
             if reads {
                 self.asm.load(r, block::gpr(guest));
             }

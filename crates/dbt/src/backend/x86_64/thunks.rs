@@ -42,6 +42,9 @@ pub struct Thunks {
     /// By index of [`ACCESS_SIZES`] and by whether it is a write. Called after a probe that missed: returns the host
     /// address in T0, or leaves with [`exit::FAULT`].
     pub slow_access: [[u64; 2]; ACCESS_SIZES.len()],
+    /// Called with the linear address of a group of accesses in T0, its bytes and whether it is written (bit 8) in T1:
+    /// returns its host address in T0, or 0 if it cannot be served as one. Destroys the flags.
+    pub slow_group: u64,
     /// Called: loads the vector registers and MXCSR into the host's. Destroys the flags.
     pub load_vectors: u64,
     /// Called: loads the x87 registers into the host's unit. Destroys the flags.
@@ -54,6 +57,8 @@ pub struct Calls {
     /// Takes the vCPU block, linear address, size and kind, return address in the generated code. Returns the host
     /// address or 0.
     pub slow_access: unsafe extern "C" fn(u64, u64, u64, u64) -> u64,
+    /// Takes the vCPU block, the linear address of a group, and size and kind. Returns its host address or 0.
+    pub slow_group: unsafe extern "C" fn(u64, u64, u64) -> u64,
     /// Takes the vCPU block, the linear address of an instruction and its length. Returns 0 if generated code must be
     /// left.
     pub step: unsafe extern "C" fn(u64, u64, u64) -> u64,
@@ -144,6 +149,8 @@ impl Thunks {
         slow_access(&mut asm, calls.slow_access as usize as u64, load, store);
         thunks.step = asm.here();
         step(&mut asm, calls.step as usize as u64, load, store);
+        thunks.slow_group = asm.here();
+        slow_group(&mut asm, calls.slow_group as usize as u64, load, store);
         for (size, thunks) in ACCESS_SIZES.into_iter().zip(&mut thunks.slow_access) {
             for write in [false, true] {
                 thunks[usize::from(write)] = asm.here();
@@ -254,36 +261,31 @@ fn lookup(asm: &mut Asm, unknown: u64) {
 }
 
 fn slow_access(asm: &mut Asm, function: u64, load: u64, store: u64) {
-    let failed = call_out(asm, function, load, store, |asm| {
-        asm.mov(6, T0);
-        asm.mov(2, T1);
-        asm.load(1, Mem::At(RSP, 0));
-    });
-    asm.bind(failed);
-    asm.store_imm32(block::EXIT_REASON, exit::FAULT);
-    return_to_caller(asm);
+    call_out(asm, function, store, |asm| asm.load(1, Mem::At(RSP, 0)));
+    come_back_or_leave(asm, load, exit::FAULT);
 }
 
 fn step(asm: &mut Asm, function: u64, load: u64, store: u64) {
-    let failed = call_out(asm, function, load, store, |asm| {
-        asm.mov(6, T0);
-        asm.mov(2, T1);
-    });
-    asm.bind(failed);
-    asm.store_imm32(block::EXIT_REASON, exit::AT);
-    return_to_caller(asm);
+    call_out(asm, function, store, |_| {});
+    come_back_or_leave(asm, load, exit::AT);
 }
 
-/// Calls a function with the guest's state in the block, and returns with its result in T0. The first argument is the
-/// block's address, `arguments` sets the others. Gives the jump that is taken if the result is 0: then the state in the
-/// block counts.
-fn call_out(asm: &mut Asm, function: u64, load: u64, store: u64, arguments: impl FnOnce(&mut Asm)) -> usize {
+fn slow_group(asm: &mut Asm, function: u64, load: u64, store: u64) {
+    call_out(asm, function, store, |_| {});
+    come_back(asm, load);
+}
+
+/// Calls a function with the guest's state in the block. Its arguments are the block's address, T0 and T1; `more` sets
+/// others.
+fn call_out(asm: &mut Asm, function: u64, store: u64, more: impl FnOnce(&mut Asm)) {
     for (host, guest) in PINNED {
         asm.store(block::gpr(guest), host);
     }
     when_resident(asm, store);
     asm.load(7, block::THIS);
-    arguments(asm);
+    asm.mov(6, T0);
+    asm.mov(2, T1);
+    more(asm);
     // Calls of generated code leave the stack aligned or not.
     const RBX: u8 = 3;
     asm.mov(RBX, RSP);
@@ -291,15 +293,27 @@ fn call_out(asm: &mut Asm, function: u64, load: u64, store: u64, arguments: impl
     asm.mov_imm(0, function);
     asm.bytes(&[0xff, 0xd0]); // call rax
     asm.mov(RSP, RBX);
+}
+
+/// After a call: goes on with its result in T0; if that is 0, leaves with the state that the function has left in the
+/// block.
+fn come_back_or_leave(asm: &mut Asm, load: u64, reason: u32) {
     asm.bytes(&[0x48, 0x85, 0xc0]); // test rax, rax
     let failed = asm.jcc(cc::E, 0);
+    come_back(asm, load);
+    asm.bind(failed);
+    asm.store_imm32(block::EXIT_REASON, reason);
+    return_to_caller(asm);
+}
+
+/// After a call: goes on with its result in T0.
+fn come_back(asm: &mut Asm, load: u64) {
     asm.mov(T0, 0);
     when_resident(asm, load);
     for (host, guest) in PINNED {
         asm.load(host, block::gpr(guest));
     }
     asm.bytes(&[0xc3]);
-    failed
 }
 
 /// XRSTOR of component 0 only; it wants its mask in EDX:EAX.

@@ -1,0 +1,409 @@
+//! Accesses of a region that lie together: one probe serves them all.
+//!
+//! Registers are followed through the region as an unknown plus a known distance, so that pushes, locals and the fields of
+//! a structure are seen to be neighbours. The first access of a group, its leader, makes sure that all of its bytes lie on
+//! one page that may be accessed, and leaves their host address in the vCPU block. The others take it from there, without
+//! a look at the TLB and without harm to the flags. What the leader found holds to the region's end: nobody takes an
+//! entry of the TLB away but between regions.
+
+use iced_x86::{
+    Code, Instruction, InstructionInfoFactory, InstructionInfoOptions, OpAccess, OpKind, Register,
+};
+
+use crate::{
+    ir::{MemUse, Node, Op, Region, Value},
+    tier0::operand::gpr_index,
+};
+
+/// Most groups of a region: as many places as the block has for them.
+pub const GROUPS: usize = 16;
+/// Most bytes from the first to the last of a group. The more, the more often they lie on two pages.
+const SPAN: i64 = 128;
+
+/// An access of a group.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Member {
+    /// Number of the group.
+    pub group: u8,
+    /// Bytes from the group's first one.
+    pub at: u8,
+    /// What the first access of a group has to make sure of.
+    pub leads: Option<Lead>,
+}
+
+/// A group as its leader sees it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Lead {
+    /// Bytes from the group's first to its last.
+    pub span: u8,
+    /// Somebody writes.
+    pub write: bool,
+}
+
+/// The places of a node's accesses: of its memory operand, of its push or pop.
+pub type Places = [Option<Member>; 2];
+/// Index of a memory operand in [`Places`].
+pub const OPERAND: usize = 0;
+/// Index of a push or pop in [`Places`].
+pub const STACK: usize = 1;
+
+/// A value in terms of one that is not known.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Known {
+    root: u16,
+    distance: i64,
+}
+
+/// What the addresses of a group have in common.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Key {
+    base: u16,
+    index: u16,
+    scale: u8,
+    segment: Register,
+}
+
+/// The root of addresses that are constants, or have no index.
+const NONE: u16 = 0;
+
+struct Group {
+    key: Key,
+    min: i64,
+    max: i64,
+    write: bool,
+    /// Branches before its leader.
+    branches: u32,
+    /// Node and place of its accesses, with their distance.
+    members: Vec<(usize, usize, i64)>,
+    open: bool,
+}
+
+/// Finds the groups of a region: the places of its nodes, empty if there are none.
+pub fn find(region: &Region, info: &mut InstructionInfoFactory) -> Vec<Places> {
+    if region.nodes.iter().map(|node| accesses(&node.op)).sum::<usize>() < 2 {
+        return Vec::new();
+    }
+    let mut finder = Finder::new(info);
+    for (n, node) in region.nodes.iter().enumerate() {
+        finder.node(n, node);
+    }
+    finder.places(region.nodes.len())
+}
+
+/// How many accesses an operation makes that may be in a group.
+fn accesses(op: &Op) -> usize {
+    match op {
+        Op::Host(Some(_)) | Op::Pop(_) | Op::PushFlags | Op::Leave | Op::Call { .. } | Op::Return(_) => 1,
+        Op::Push(Value::Mem) | Op::CallTo(Value::Mem) => 2,
+        Op::Push(_) | Op::CallTo(_) | Op::JumpTo(Value::Mem) => 1,
+        _ => 0,
+    }
+}
+
+struct Finder<'a> {
+    info: &'a mut InstructionInfoFactory,
+    registers: [Known; 16],
+    roots: u16,
+    branches: u32,
+    groups: Vec<Group>,
+}
+
+const RAX: usize = 0;
+const RDX: usize = 2;
+const RSP: usize = 4;
+const RBP: usize = 5;
+const WORD: MemUse = MemUse { write: false, size: 8 };
+const PUSHED: MemUse = MemUse { write: true, size: 8 };
+
+impl<'a> Finder<'a> {
+    fn new(info: &'a mut InstructionInfoFactory) -> Self {
+        let registers = std::array::from_fn(|n| Known { root: n as u16 + 1, distance: 0 });
+        Self { info, registers, roots: 17, branches: 0, groups: Vec::new() }
+    }
+
+    fn node(&mut self, n: usize, node: &Node) {
+        let insn = &node.insn;
+        match node.op {
+            Op::Host(mem) => {
+                if let Some(mem) = mem {
+                    self.operand(n, insn, mem);
+                }
+                self.host(insn);
+            }
+            Op::Address => self.address(insn),
+            Op::Push(value) => {
+                if value == Value::Mem {
+                    self.operand(n, insn, WORD);
+                }
+                self.push(n);
+            }
+            Op::PushFlags | Op::Call { .. } => self.push(n),
+            Op::CallTo(value) => {
+                if value == Value::Mem {
+                    self.operand(n, insn, WORD);
+                }
+                self.push(n);
+            }
+            Op::JumpTo(Value::Mem) => self.operand(n, insn, WORD),
+            Op::Pop(register) => {
+                self.stack(n, self.registers[RSP], WORD);
+                self.registers[RSP].distance += 8;
+                self.forget(register.into());
+            }
+            Op::Return(_) => self.stack(n, self.registers[RSP], WORD),
+            Op::Leave => {
+                let frame = self.registers[RBP];
+                self.stack(n, frame, WORD);
+                self.registers[RSP] = Known { distance: frame.distance.wrapping_add(8), ..frame };
+                self.forget(RBP);
+            }
+            Op::ReadSelector { to, .. } => self.forget(to.into()),
+            Op::TimeStamp => {
+                self.forget(RAX);
+                self.forget(RDX);
+            }
+            Op::Branch { .. } => self.branches += 1,
+            // Another segment, another view of memory, or anything at all.
+            Op::SwapGs | Op::UserAccess(_) => self.close(),
+            Op::Step | Op::Interpret => {
+                self.close();
+                (0..16).for_each(|register| self.forget(register));
+            }
+            Op::Nop | Op::DisableInterrupts | Op::EnableInterrupts | Op::Jump { .. } | Op::JumpTo(_) => {}
+        }
+    }
+
+    fn close(&mut self) {
+        self.groups.iter_mut().for_each(|group| group.open = false);
+    }
+
+    /// A register gets a value of which nothing is known.
+    fn forget(&mut self, register: usize) {
+        self.registers[register] = Known { root: self.roots, distance: 0 };
+        self.roots += 1;
+    }
+
+    fn push(&mut self, n: usize) {
+        let rsp = &mut self.registers[RSP];
+        rsp.distance = rsp.distance.wrapping_sub(8);
+        let at = *rsp;
+        self.stack(n, at, PUSHED);
+    }
+
+    fn stack(&mut self, n: usize, at: Known, mem: MemUse) {
+        let key = Key { base: at.root, index: NONE, scale: 1, segment: Register::None };
+        self.join(n, STACK, key, at.distance, mem);
+    }
+
+    /// What an instruction of the identity lane does to the registers.
+    fn host(&mut self, i: &Instruction) {
+        let target = (i.op_count() > 0 && i.op0_kind() == OpKind::Register).then(|| i.op0_register());
+        if let Some(target) = target.filter(|r| r.is_gpr64()).and_then(gpr_index) {
+            let distance = match i.code() {
+                Code::Add_rm64_imm8 | Code::Add_rm64_imm32 | Code::Add_RAX_imm32 => {
+                    Some(i.immediate(1) as i64)
+                }
+                Code::Sub_rm64_imm8 | Code::Sub_rm64_imm32 | Code::Sub_RAX_imm32 => {
+                    Some((i.immediate(1) as i64).wrapping_neg())
+                }
+                Code::Inc_rm64 => Some(1),
+                Code::Dec_rm64 => Some(-1),
+                _ => None,
+            };
+            if let Some(distance) = distance {
+                let value = &mut self.registers[target];
+                value.distance = value.distance.wrapping_add(distance);
+                return;
+            }
+            if matches!(i.code(), Code::Mov_r64_rm64 | Code::Mov_rm64_r64)
+                && i.op1_kind() == OpKind::Register
+                && let Some(source) = gpr_index(i.op1_register())
+            {
+                self.registers[target] = self.registers[source];
+                return;
+            }
+        }
+        let written = self.info.info_options(i, InstructionInfoOptions::NO_MEMORY_USAGE);
+        let mut mask = 0u16;
+        for used in written.used_registers() {
+            if !matches!(used.access(), OpAccess::Read | OpAccess::CondRead | OpAccess::NoMemAccess)
+                && let Some(register) = gpr_index(used.register())
+            {
+                mask |= 1 << register;
+            }
+        }
+        (0..16).filter(|register| mask >> register & 1 != 0).for_each(|register| self.forget(register));
+    }
+
+    /// LEA.
+    fn address(&mut self, i: &Instruction) {
+        let Some(target) = gpr_index(i.op0_register()) else { return };
+        match self.known(i) {
+            Some((key, distance)) if i.op0_register().is_gpr64() && key.index == NONE && key.base != NONE => {
+                self.registers[target] = Known { root: key.base, distance };
+            }
+            _ => self.forget(target),
+        }
+    }
+
+    /// The address of a memory operand without its segment; nothing for one of 32 bits.
+    fn known(&self, i: &Instruction) -> Option<(Key, i64)> {
+        if i.is_ip_rel_memory_operand() {
+            let key = Key { base: NONE, index: NONE, scale: 1, segment: Register::None };
+            return (i.memory_base() == Register::RIP).then_some((key, i.memory_displacement64() as i64));
+        }
+        let part = |register: Register| match register {
+            Register::None => Some(Known { root: NONE, distance: 0 }),
+            _ => {
+                register.is_gpr64().then(|| self.registers[gpr_index(register).expect("a general register")])
+            }
+        };
+        let (base, index) = (part(i.memory_base())?, part(i.memory_index())?);
+        let scale = i.memory_index_scale() as u8;
+        let distance = base
+            .distance
+            .wrapping_add(index.distance.wrapping_mul(scale.into()))
+            .wrapping_add(i.memory_displacement64() as i64);
+        Some((Key { base: base.root, index: index.root, scale, segment: Register::None }, distance))
+    }
+
+    fn operand(&mut self, n: usize, i: &Instruction, mem: MemUse) {
+        let Some((mut key, distance)) = self.known(i) else { return };
+        if matches!(i.memory_segment(), Register::FS | Register::GS) {
+            key.segment = i.memory_segment();
+        }
+        self.join(n, OPERAND, key, distance, mem);
+    }
+
+    /// Puts an access into the latest group that it fits, or into one of its own. A write that may not come about does not
+    /// make its group one that needs the right to write.
+    fn join(&mut self, n: usize, place: usize, key: Key, distance: i64, mem: MemUse) {
+        let end = distance.wrapping_add(mem.size.into());
+        let branches = self.branches;
+        let fits = |group: &&mut Group| {
+            let (min, max) = (group.min.min(distance), group.max.max(end));
+            group.open
+                && group.key == key
+                && max.checked_sub(min).is_some_and(|span| (0..=SPAN).contains(&span))
+                && (!mem.write || group.write || group.branches == branches)
+        };
+        let member = (n, place, distance);
+        match self.groups.iter_mut().rev().find(fits) {
+            Some(group) => {
+                (group.min, group.max) = (group.min.min(distance), group.max.max(end));
+                group.write |= mem.write;
+                group.members.push(member);
+            }
+            None => self.groups.push(Group {
+                key,
+                min: distance,
+                max: end,
+                write: mem.write,
+                branches,
+                members: vec![member],
+                open: true,
+            }),
+        }
+    }
+
+    fn places(self, nodes: usize) -> Vec<Places> {
+        let mut places = Vec::new();
+        let groups = self.groups.iter().filter(|group| group.members.len() > 1).take(GROUPS);
+        for (number, group) in groups.enumerate() {
+            places.resize(nodes, Places::default());
+            let mut leads = Some(Lead { span: (group.max - group.min) as u8, write: group.write });
+            for &(n, place, distance) in &group.members {
+                let at = (distance - group.min) as u8;
+                places[n][place] = Some(Member { group: number as u8, at, leads: leads.take() });
+            }
+        }
+        places
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::frontend::x86_64::{CodeMode, Lifter};
+
+    fn groups(code: &[u8]) -> Vec<Places> {
+        let mode = CodeMode { kernel: true, x87: true, sse: true, avx: true, tsc: true, plain: false };
+        let region = Lifter::new(Box::new(|_| true), true).lift(0x1000, code, mode).unwrap();
+        find(&region, &mut InstructionInfoFactory::new())
+    }
+
+    fn member(group: u8, at: u8) -> Option<Member> {
+        Some(Member { group, at, leads: None })
+    }
+
+    fn leader(group: u8, at: u8, span: u8, write: bool) -> Option<Member> {
+        Some(Member { group, at, leads: Some(Lead { span, write }) })
+    }
+
+    #[test]
+    fn pushes_and_locals_are_one_group() {
+        // push rbp; mov rbp, rsp; push rbx; sub rsp, 18h; mov [rbp-20h], rdi; mov rax, [rsp+8]; ret
+        let code = [
+            0x55, 0x48, 0x89, 0xe5, 0x53, 0x48, 0x83, 0xec, 0x18, 0x48, 0x89, 0x7d, 0xe0, 0x48, 0x8b, 0x44,
+            0x24, 0x08, 0xc3,
+        ];
+        let places = groups(&code);
+        let at: Vec<_> = places.iter().flatten().flatten().map(|member| (member.group, member.at)).collect();
+        assert_eq!(at, [(0, 32), (0, 24), (0, 0), (0, 8), (0, 0)]);
+        assert_eq!(places[0][STACK], leader(0, 32, 40, true));
+    }
+
+    #[test]
+    fn a_register_that_changes_leads_to_another_group() {
+        // mov eax, [rdi]; mov ecx, [rdi+4]; mov rdi, [rdi+8]; mov eax, [rdi]; mov ecx, [rdi+4]; ret
+        let code = [0x8b, 0x07, 0x8b, 0x4f, 0x04, 0x48, 0x8b, 0x7f, 0x08, 0x8b, 0x07, 0x8b, 0x4f, 0x04, 0xc3];
+        let places = groups(&code);
+        assert_eq!(places[0][OPERAND], leader(0, 0, 16, false));
+        assert_eq!((places[1][OPERAND], places[2][OPERAND]), (member(0, 4), member(0, 8)));
+        assert_eq!((places[3][OPERAND], places[4][OPERAND]), (leader(1, 0, 8, false), member(1, 4)));
+    }
+
+    #[test]
+    fn a_write_behind_a_branch_asks_no_right_of_a_read_before_it() {
+        // mov eax, [rdi]; test eax, eax; je +2; mov [rdi], ecx; mov [rdi+4], ecx; ret
+        let code = [0x8b, 0x07, 0x85, 0xc0, 0x74, 0x02, 0x89, 0x0f, 0x89, 0x4f, 0x04, 0xc3];
+        let places = groups(&code);
+        assert_eq!(places[0][OPERAND], None);
+        assert_eq!((places[3][OPERAND], places[4][OPERAND]), (leader(0, 0, 8, true), member(0, 4)));
+        // mov eax, [rdi]; mov [rdi+4], ecx; ret
+        let places = groups(&[0x8b, 0x07, 0x89, 0x4f, 0x04, 0xc3]);
+        assert_eq!(places[0][OPERAND], leader(0, 0, 8, true));
+    }
+
+    #[test]
+    fn what_is_far_apart_or_behind_a_barrier_is_not_a_group() {
+        // mov eax, [rdi]; mov ecx, [rdi+80h]; ret
+        assert!(groups(&[0x8b, 0x07, 0x8b, 0x8f, 0x80, 0, 0, 0, 0xc3]).is_empty());
+        // mov eax, [rdi]; stac; mov ecx, [rdi]; ret
+        assert!(groups(&[0x8b, 0x07, 0x0f, 0x01, 0xcb, 0x8b, 0x0f, 0xc3]).is_empty());
+        // mov eax, [rdi]; rep movsb; mov ecx, [rdi]; ret
+        assert!(groups(&[0x8b, 0x07, 0xf3, 0xa4, 0x8b, 0x0f, 0xc3]).is_empty());
+    }
+
+    #[test]
+    fn an_index_that_moves_on_is_followed() {
+        // mov eax, [rdi+rcx*4]; inc rcx; add eax, [rdi+rcx*4]; mov edx, [rdi+rcx*8]; ret
+        let code = [0x8b, 0x04, 0x8f, 0x48, 0xff, 0xc1, 0x03, 0x04, 0x8f, 0x8b, 0x14, 0xcf, 0xc3];
+        let places = groups(&code);
+        assert_eq!((places[0][OPERAND], places[2][OPERAND]), (leader(0, 0, 8, false), member(0, 4)));
+        assert_eq!(places[3][OPERAND], None);
+    }
+
+    #[test]
+    fn constants_and_segments_are_told_apart() {
+        // mov eax, [rip+100h]; mov ecx, [rip+100h]; mov edx, gs:[8]; mov esi, gs:[10h]; mov edi, [8]; ret
+        let code = [
+            0x8b, 0x05, 0, 1, 0, 0, 0x8b, 0x0d, 0, 1, 0, 0, 0x65, 0x8b, 0x14, 0x25, 8, 0, 0, 0, 0x65, 0x8b,
+            0x34, 0x25, 0x10, 0, 0, 0, 0x8b, 0x3c, 0x25, 8, 0, 0, 0, 0xc3,
+        ];
+        let places = groups(&code);
+        assert_eq!((places[0][OPERAND], places[1][OPERAND]), (leader(0, 0, 10, false), member(0, 6)));
+        assert_eq!((places[2][OPERAND], places[3][OPERAND]), (leader(1, 0, 12, false), member(1, 8)));
+        assert_eq!(places[4][OPERAND], None);
+    }
+}
