@@ -56,8 +56,8 @@ pub unsafe extern "C" fn slow_access(cpu: u64, va: u64, kind: u64, pc: u64) -> u
     0
 }
 
-/// Makes ready a group of accesses of so many bytes that the TLB has no entry for: its host address, or 0 if its bytes
-/// are not all on a page of RAM that may be accessed so.
+/// Makes ready a group of accesses of so many bytes on one page that the TLB has no entry for: its host address, or 0 if
+/// the page is not RAM that may be accessed so.
 ///
 /// # Safety
 /// Called by generated code only, with the address of the running vCPU's block.
@@ -67,7 +67,7 @@ pub unsafe extern "C" fn slow_group(cpu: u64, va: u64, kind: u64) -> u64 {
     cpu.select_view();
     let size = (kind & 0xff) as usize;
     let access = if kind >> 8 & 1 != 0 { Access::Write } else { Access::Read };
-    if !cpu.is_canonical(va) || va as usize % 4096 + size > 4096 {
+    if !cpu.is_canonical(va) {
         return 0;
     }
     match cpu.place(va, size, access, Who::Current) {

@@ -270,9 +270,24 @@ fn step(asm: &mut Asm, function: u64, load: u64, store: u64) {
     come_back_or_leave(asm, load, exit::AT);
 }
 
+/// A group that lies on two pages is not worth a call: pointers that walk through memory make them.
 fn slow_group(asm: &mut Asm, function: u64, load: u64, store: u64) {
+    asm.store(block::scratch(2), T0);
+    asm.store(block::scratch(3), T1);
+    asm.regs(false, &[0x0f, 0xb6], T1, T1); // movzx T1d, T1b
+    asm.bytes(&[0x41, 0x81, 0xe0 | T0 & 7]); // and T0d, 0fffh
+    asm.bytes(&0xfffu32.to_le_bytes());
+    asm.regs(false, &[0x03], T0, T1); // add T0d, T1d
+    asm.bytes(&[0x41, 0x81, 0xf8 | T0 & 7]); // cmp T0d, 4096
+    asm.bytes(&4096u32.to_le_bytes());
+    let crosses = asm.jcc(cc::A, 0);
+    asm.load(T0, block::scratch(2));
+    asm.load(T1, block::scratch(3));
     call_out(asm, function, store, |_| {});
     come_back(asm, load);
+    asm.bind(crosses);
+    asm.mov_imm(T0, 0);
+    asm.bytes(&[0xc3]);
 }
 
 /// Calls a function with the guest's state in the block. Its arguments are the block's address, T0 and T1; `more` sets
