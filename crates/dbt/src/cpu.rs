@@ -153,6 +153,8 @@ pub struct Cpu {
     pub host_rsp: u64,
     /// Host addresses of the groups of accesses of the region that runs.
     pub groups: [u64; GROUPS],
+    /// Where those that walk through memory were last: linear and host address of the page.
+    pub group_pages: [[u64; 2]; GROUPS],
     /// Calls of generated code push no return addresses below this.
     pub stack_limit: u64,
     /// Low half of the address of the code of the return that was executed last.
@@ -367,6 +369,7 @@ impl Cpu {
             host_mxcsr: 0x1f80,
             host_rsp: 0,
             groups: [0; GROUPS],
+            group_pages: [[0; 2]; GROUPS],
             stack_limit: 0,
             return_site: 0,
             seg: [Segment::default(); 6],

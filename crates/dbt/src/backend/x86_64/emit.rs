@@ -10,7 +10,7 @@ use super::{
         host::{GUEST_RSP, RSP, T0, T1},
     },
     block,
-    groups::{self, Lead, Member, OPERAND, Places, STACK},
+    groups::{self, Lead, Member, OPERAND, Plan, STACK},
     home,
     thunks::{JUMP_HOST, Thunks, probe_jumps},
 };
@@ -76,6 +76,8 @@ pub(super) struct SlowPath {
 pub(super) enum Missed {
     Access(MemUse),
     Group(Lead),
+    /// The page that the group with this number remembers.
+    Page(u8, Lead),
 }
 
 /// A jump whose code is out of line.
@@ -113,8 +115,10 @@ pub struct Emitter<'a> {
     pub(super) held: Option<u8>,
     /// The arithmetic flags are in the host's flags.
     pub(super) in_host: bool,
-    /// Groups of accesses, by node.
-    places: Vec<Places>,
+    /// Groups of accesses.
+    plan: Plan,
+    /// Where a region that is a loop goes back to.
+    top: u64,
     /// The node that is being made.
     node: usize,
     thunks: &'a Thunks,
@@ -146,7 +150,8 @@ impl<'a> Emitter<'a> {
             guest_offset: 0,
             held: None,
             in_host: false,
-            places: Vec::new(),
+            plan: Plan::default(),
+            top: 0,
             node: 0,
             thunks,
             stubs: Vec::new(),
@@ -163,7 +168,7 @@ impl<'a> Emitter<'a> {
     pub fn emit(mut self, region: &Region, grouped: bool) -> Code {
         self.start = region.start;
         if grouped {
-            self.places = groups::find(region, self.info);
+            self.plan = groups::find(region, self.info);
         }
         self.mark();
         self.asm.cmp_imm32(block::REQUESTS, 0);
@@ -175,6 +180,8 @@ impl<'a> Emitter<'a> {
             self.asm.call(self.thunks.load_vectors);
             self.asm.bind(over);
         }
+        self.forget_pages();
+        self.top = self.asm.here();
         let mut ended = false;
         for (n, node) in region.nodes.iter().enumerate() {
             self.node = n;
@@ -197,7 +204,18 @@ impl<'a> Emitter<'a> {
 
     /// The place of an access of the current node in a group.
     pub(super) fn place(&self, place: usize) -> Option<Member> {
-        self.places.get(self.node)?[place]
+        self.plan.places.get(self.node)?[place]
+    }
+
+    /// Groups that remember pages have not been on any.
+    fn forget_pages(&mut self) {
+        if !self.plan.walking.is_empty() {
+            // No distance from an address that is not canonical is small.
+            self.asm.mov_imm(T0, 1 << 63);
+        }
+        for group in std::mem::take(&mut self.plan.walking) {
+            self.asm.store(block::group_page(group), T0);
+        }
     }
 
     /// Whether the code made for the operation of the current node destroys the host's flags before the operation itself
@@ -258,6 +276,9 @@ impl<'a> Emitter<'a> {
                 self.asm.store(block::TLB, T0);
             }
             Op::TimeStamp => self.time_stamp(),
+            Op::Branch { condition, .. } if self.plan.back == Some(self.node) => {
+                self.go_back(node, condition as u8 - 1);
+            }
             Op::Branch { condition, target } => self.branch(node, condition as u8 - 1, target),
             Op::Jump { target } => {
                 self.spill_flags(node.live_at_exit);
@@ -543,6 +564,18 @@ impl<'a> Emitter<'a> {
         self.in_host &= complete;
     }
 
+    /// The branch at the end of a loop. Nobody asks for flags at its beginning.
+    fn go_back(&mut self, node: &Node, condition: u8) {
+        let complete = self.restore_flags(node.reads);
+        let over = self.asm.jcc(condition ^ 1, 0);
+        self.asm.cmp_imm32(block::REQUESTS, 0);
+        self.asm.jcc(cc::E, self.top);
+        let branch = self.asm.jmp(0);
+        self.stubs.push(Stub { branch, kind: StubKind::Poll(0) });
+        self.asm.bind(over);
+        self.in_host &= complete;
+    }
+
     /// Leaves to tier 0 at the linear address `at`.
     fn interpret(&mut self, at: u64, live: u32) {
         self.spill_flags(live);
@@ -610,8 +643,10 @@ impl<'a> Emitter<'a> {
 
     /// Emits what the straight code jumps to when something is not as usual.
     fn out_of_line(&mut self) {
-        for slow in std::mem::take(&mut self.slow_paths) {
-            self.slow_path(&slow);
+        while !self.slow_paths.is_empty() {
+            for slow in std::mem::take(&mut self.slow_paths) {
+                self.slow(slow);
+            }
         }
         let mut next = 0;
         while next < self.stubs.len() {
@@ -672,7 +707,7 @@ impl<'a> Emitter<'a> {
         }
     }
 
-    fn slow_path(&mut self, slow: &SlowPath) {
+    fn slow(&mut self, slow: SlowPath) {
         self.asm.bind(slow.branch);
         self.marks.push(Mark { host: self.asm.code.len() as u32, guest: slow.guest, host_flags: false });
         match slow.missed {
@@ -682,7 +717,8 @@ impl<'a> Emitter<'a> {
                 self.asm.call(self.thunks.slow_access[size][usize::from(mem.write)]);
                 self.asm.jmp(slow.back);
             }
-            Missed::Group(lead) => self.slow_group(slow, lead),
+            Missed::Group(lead) => self.slow_group(&slow, lead),
+            Missed::Page(group, lead) => self.other_page(group, lead, slow),
         }
     }
 

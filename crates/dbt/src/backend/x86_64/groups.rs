@@ -5,6 +5,9 @@
 //! one page that may be accessed, and leaves their host address in the vCPU block. The others take it from there, without
 //! a look at the TLB and without harm to the flags. What the leader found holds to the region's end: nobody takes an
 //! entry of the TLB away but between regions.
+//!
+//! A region whose end leads back to its beginning is a loop and stays in itself. In there, a leader whose address walks
+//! or stands still remembers the page that it was on, and looks at the TLB when it comes to another.
 
 use iced_x86::{
     Code, Instruction, InstructionInfoFactory, InstructionInfoOptions, OpAccess, OpKind, Register,
@@ -38,6 +41,21 @@ pub struct Lead {
     pub span: u8,
     /// Somebody writes.
     pub write: bool,
+    /// It has other members.
+    pub followed: bool,
+    /// It remembers its page.
+    pub walks: bool,
+}
+
+/// What is found about the accesses of a region.
+#[derive(Default)]
+pub struct Plan {
+    /// The places of its nodes; empty if there are no groups.
+    pub places: Vec<Places>,
+    /// The node that leads back to the beginning, if the region is a loop.
+    pub back: Option<usize>,
+    /// Groups whose leaders remember their pages.
+    pub walking: Vec<u8>,
 }
 
 /// The places of a node's accesses: of its memory operand, of its push or pop.
@@ -76,18 +94,34 @@ struct Group {
     /// Node and place of its accesses, with their distance.
     members: Vec<(usize, usize, i64)>,
     open: bool,
+    /// Its address walks or stands still from round to round of the loop.
+    walks: bool,
 }
 
-/// Finds the groups of a region: the places of its nodes, empty if there are none.
-pub fn find(region: &Region, info: &mut InstructionInfoFactory) -> Vec<Places> {
-    if region.nodes.iter().map(|node| accesses(&node.op)).sum::<usize>() < 2 {
-        return Vec::new();
+/// Finds the groups of a region.
+pub fn find(region: &Region, info: &mut InstructionInfoFactory) -> Plan {
+    let back = back_edge(region);
+    let least = if back.is_some() { 1 } else { 2 };
+    if region.nodes.iter().map(|node| accesses(&node.op)).sum::<usize>() < least {
+        return Plan { back, ..Plan::default() };
     }
     let mut finder = Finder::new(info);
     for (n, node) in region.nodes.iter().enumerate() {
         finder.node(n, node);
+        if back == Some(n) {
+            finder.mark_walks();
+        }
     }
-    finder.places(region.nodes.len())
+    finder.plan(region.nodes.len(), back)
+}
+
+/// The branch that makes the region a loop. Flags that would have to come along are too much trouble, as is a view of
+/// memory that changes.
+fn back_edge(region: &Region) -> Option<usize> {
+    let leads_back = |node: &Node| matches!(node.op, Op::Branch { target, .. } if target == region.start);
+    let back = region.nodes.iter().rposition(|node| leads_back(node) && node.live_at_exit == 0)?;
+    let changes_view = |node: &Node| matches!(node.op, Op::SwapGs | Op::UserAccess(_) | Op::EnableInterrupts);
+    (!region.nodes[..back].iter().any(changes_view)).then_some(back)
 }
 
 /// How many accesses an operation makes that may be in a group.
@@ -106,6 +140,8 @@ struct Finder<'a> {
     roots: u16,
     branches: u32,
     groups: Vec<Group>,
+    /// Registers to which others were added, which walk if nothing else happens to them.
+    added: u16,
 }
 
 const RAX: usize = 0;
@@ -117,8 +153,8 @@ const PUSHED: MemUse = MemUse { write: true, size: 8 };
 
 impl<'a> Finder<'a> {
     fn new(info: &'a mut InstructionInfoFactory) -> Self {
-        let registers = std::array::from_fn(|n| Known { root: n as u16 + 1, distance: 0 });
-        Self { info, registers, roots: 17, branches: 0, groups: Vec::new() }
+        let registers = std::array::from_fn(|n| Known { root: initial(n), distance: 0 });
+        Self { info, registers, roots: 17, branches: 0, groups: Vec::new(), added: 0 }
     }
 
     fn node(&mut self, n: usize, node: &Node) {
@@ -199,6 +235,13 @@ impl<'a> Finder<'a> {
     fn host(&mut self, i: &Instruction) {
         let target = (i.op_count() > 0 && i.op0_kind() == OpKind::Register).then(|| i.op0_register());
         if let Some(target) = target.filter(|r| r.is_gpr64()).and_then(gpr_index) {
+            if matches!(
+                i.code(),
+                Code::Add_rm64_r64 | Code::Add_r64_rm64 | Code::Sub_rm64_r64 | Code::Sub_r64_rm64
+            ) && self.registers[target].root == initial(target)
+            {
+                self.added |= 1 << target;
+            }
             let distance = match i.code() {
                 Code::Add_rm64_imm8 | Code::Add_rm64_imm32 | Code::Add_RAX_imm32 => {
                     Some(i.immediate(1) as i64)
@@ -302,23 +345,50 @@ impl<'a> Finder<'a> {
                 branches,
                 members: vec![member],
                 open: true,
+                walks: false,
             }),
         }
     }
 
-    fn places(self, nodes: usize) -> Vec<Places> {
-        let mut places = Vec::new();
-        let groups = self.groups.iter().filter(|group| group.members.len() > 1).take(GROUPS);
+    /// At the end of a loop: finds the groups whose addresses are made of registers that walk or stand still.
+    fn mark_walks(&mut self) {
+        let goes_on = |root: u16| {
+            let register = usize::from(root).wrapping_sub(1);
+            root == NONE
+                || self.registers.get(register).is_some_and(|value| value.root == root)
+                || (register < 16 && self.added >> register & 1 != 0)
+        };
+        for group in &mut self.groups {
+            group.walks = goes_on(group.key.base) && goes_on(group.key.index);
+        }
+    }
+
+    fn plan(self, nodes: usize, back: Option<usize>) -> Plan {
+        let (mut places, mut walking) = (Vec::new(), Vec::new());
+        let groups = self.groups.iter().filter(|group| group.walks || group.members.len() > 1).take(GROUPS);
         for (number, group) in groups.enumerate() {
             places.resize(nodes, Places::default());
-            let mut leads = Some(Lead { span: (group.max - group.min) as u8, write: group.write });
+            if group.walks {
+                walking.push(number as u8);
+            }
+            let mut leads = Some(Lead {
+                span: (group.max - group.min) as u8,
+                write: group.write,
+                followed: group.members.len() > 1,
+                walks: group.walks,
+            });
             for &(n, place, distance) in &group.members {
                 let at = (distance - group.min) as u8;
                 places[n][place] = Some(Member { group: number as u8, at, leads: leads.take() });
             }
         }
-        places
+        Plan { places, back, walking }
     }
+}
+
+/// The root of what a register holds when the region begins.
+fn initial(register: usize) -> u16 {
+    register as u16 + 1
 }
 
 #[cfg(test)]
@@ -327,6 +397,10 @@ mod tests {
     use crate::frontend::x86_64::{CodeMode, Lifter};
 
     fn groups(code: &[u8]) -> Vec<Places> {
+        plan(code).places
+    }
+
+    fn plan(code: &[u8]) -> Plan {
         let mode = CodeMode { kernel: true, x87: true, sse: true, avx: true, tsc: true, plain: false };
         let region = Lifter::new(Box::new(|_| true), true).lift(0x1000, code, mode).unwrap();
         find(&region, &mut InstructionInfoFactory::new())
@@ -337,7 +411,7 @@ mod tests {
     }
 
     fn leader(group: u8, at: u8, span: u8, write: bool) -> Option<Member> {
-        Some(Member { group, at, leads: Some(Lead { span, write }) })
+        Some(Member { group, at, leads: Some(Lead { span, write, followed: true, walks: false }) })
     }
 
     #[test]
@@ -392,6 +466,30 @@ mod tests {
         let places = groups(&code);
         assert_eq!((places[0][OPERAND], places[2][OPERAND]), (leader(0, 0, 8, false), member(0, 4)));
         assert_eq!(places[3][OPERAND], None);
+    }
+
+    #[test]
+    fn a_loop_remembers_pages_of_what_walks() {
+        // mov rax, [rdi+rcx*8]; add rax, [rsi]; mov rdx, [rax]; add rsi, r8; inc rcx; cmp rcx, rbx; jne
+        let code = [
+            0x48, 0x8b, 0x04, 0xcf, 0x48, 0x03, 0x06, 0x48, 0x8b, 0x10, 0x4c, 0x01, 0xc6, 0x48, 0xff, 0xc1,
+            0x48, 0x39, 0xd9, 0x75, 0xeb, 0xc3,
+        ];
+        let plan = plan(&code);
+        assert_eq!((plan.back, &plan.walking[..]), (Some(6), &[0, 1][..]));
+        let alone = Some(Lead { span: 8, write: false, followed: false, walks: true });
+        assert_eq!(plan.places[0][OPERAND], Some(Member { group: 0, at: 0, leads: alone }));
+        assert_eq!(plan.places[1][OPERAND], Some(Member { group: 1, at: 0, leads: alone }));
+        assert_eq!(plan.places[2][OPERAND], None, "an address that was read");
+    }
+
+    #[test]
+    fn a_loop_that_needs_flags_or_changes_the_view_is_none() {
+        // adc rax, [rdi]; dec rcx; jne; ret
+        assert_eq!(plan(&[0x48, 0x13, 0x07, 0x48, 0xff, 0xc9, 0x75, 0xf8, 0xc3]).back, None);
+        // stac; mov [rdi], al; clac; dec rcx; jne; ret
+        let code = [0x0f, 0x01, 0xcb, 0x88, 0x07, 0x0f, 0x01, 0xca, 0x48, 0xff, 0xc9, 0x75, 0xf3, 0xc3];
+        assert_eq!(plan(&code).back, None);
     }
 
     #[test]

@@ -74,6 +74,12 @@ pub(crate) mod block {
     pub fn group(number: u8) -> Mem {
         Mem::Block(offset_of!(Cpu, groups) as i32 + 8 * i32::from(number))
     }
+    pub fn group_page(number: u8) -> Mem {
+        Mem::Block(offset_of!(Cpu, group_pages) as i32 + 16 * i32::from(number))
+    }
+    pub fn group_host(number: u8) -> Mem {
+        Mem::Block(offset_of!(Cpu, group_pages) as i32 + 16 * i32::from(number) + 8)
+    }
     pub const STACK_LIMIT: Mem = Mem::Block(offset_of!(Cpu, stack_limit) as i32);
     pub const RETURN_SITE: Mem = Mem::Block(offset_of!(Cpu, return_site) as i32);
     pub const HOST_MXCSR: Mem = Mem::Block(offset_of!(Cpu, host_mxcsr) as i32);

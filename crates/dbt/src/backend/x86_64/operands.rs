@@ -11,7 +11,7 @@ use super::{
     },
     block,
     emit::{Emitter, Missed, SlowPath},
-    groups::Member,
+    groups::{Lead, Member},
     home,
 };
 use crate::{
@@ -118,8 +118,14 @@ impl Emitter<'_> {
             if at != 0 {
                 self.asm.lea(T0, T0, -i32::from(at));
             }
-            self.probe(lead.span, lead.write, Missed::Group(lead));
-            self.asm.store(block::group(group), T0);
+            if lead.walks {
+                self.same_page(group, lead);
+            } else {
+                self.probe(lead.span, lead.write, Missed::Group(lead));
+            }
+            if lead.followed {
+                self.asm.store(block::group(group), T0);
+            }
         } else if self.held != Some(group) {
             self.asm.load(T0, block::group(group));
         }
@@ -129,6 +135,42 @@ impl Emitter<'_> {
 
     /// Turns the linear address in T0 into the host address of `size` bytes there. Uses T1; destroys the flags.
     fn probe(&mut self, size: u8, write: bool, missed: Missed) {
+        let branch = self.look_up(size, write);
+        self.asm.mem(&[], true, &[0x03], T0, Mem::At(T1, std::mem::offset_of!(Entry, host) as i32));
+        self.slow_path(branch, missed);
+    }
+
+    /// As [`Self::probe`], for a group that remembers the page on which it was.
+    fn same_page(&mut self, group: u8, lead: Lead) {
+        self.asm.mem(&[], true, &[0x2b], T0, block::group_page(group)); // sub T0, [page]
+        let branch = self.fits_page(lead.span);
+        self.asm.mem(&[], true, &[0x03], T0, block::group_host(group)); // add T0, [host]
+        self.slow_path(branch, Missed::Page(group, lead));
+    }
+
+    /// The code for when [`Self::same_page`] was on another page: goes back with the new one remembered.
+    pub(super) fn other_page(&mut self, group: u8, lead: Lead, slow: SlowPath) {
+        self.asm.mem(&[], true, &[0x03], T0, block::group_page(group)); // add T0, [page]
+        let branch = self.look_up(lead.span, lead.write);
+        self.asm.store(block::group(group), T0);
+        self.asm.load(T0, Mem::At(T1, Entry::tag_offset(lead.write)));
+        self.asm.store(block::group_page(group), T0);
+        self.asm.load(T0, Mem::At(T1, std::mem::offset_of!(Entry, host) as i32));
+        self.asm.store(block::group_host(group), T0);
+        self.asm.mem(&[], true, &[0x03], T0, block::group(group));
+        self.asm.jmp(slow.back);
+        self.slow_paths.push(SlowPath { branch, missed: Missed::Group(lead), ..slow });
+    }
+
+    fn slow_path(&mut self, branch: usize, missed: Missed) {
+        let back = self.asm.here();
+        self.in_host = false;
+        self.slow_paths.push(SlowPath { branch, back, missed, guest: self.guest_offset });
+    }
+
+    /// Makes T1 address the TLB's entry for the linear address in T0, and T0 the distance from its page. Gives the jump
+    /// that is taken if the entry is another's, or `size` bytes leave the page.
+    fn look_up(&mut self, size: u8, write: bool) -> usize {
         // The index: bits 12 and up of the address, times the size of an entry.
         const SHIFT: u8 = 12 - size_of::<Entry>().trailing_zeros() as u8;
         const MASK: u32 = ((ENTRIES - 1) * size_of::<Entry>()) as u32;
@@ -140,13 +182,14 @@ impl Emitter<'_> {
         asm.mem(&[], true, &[0x03], T1, block::TLB); // add T1, [tlb]
         // sub T0, [T1 + tag]
         asm.mem(&[], true, &[0x2b], T0, Mem::At(T1, Entry::tag_offset(write)));
-        asm.bytes(&[0x49, 0x81, 0xf8 | T0 & 7]); // cmp T0, 4096 - size
-        asm.bytes(&(4096 - u32::from(size)).to_le_bytes());
-        let branch = asm.jcc(cc::A, 0);
-        asm.mem(&[], true, &[0x03], T0, Mem::At(T1, std::mem::offset_of!(Entry, host) as i32));
-        let back = self.asm.here();
-        self.in_host = false;
-        self.slow_paths.push(SlowPath { branch, back, missed, guest: self.guest_offset });
+        self.fits_page(size)
+    }
+
+    /// Compares T0 with what lies on a page before `size` bytes; the jump is taken if it is more.
+    fn fits_page(&mut self, size: u8) -> usize {
+        self.asm.bytes(&[0x49, 0x81, 0xf8 | T0 & 7]); // cmp T0, 4096 - size
+        self.asm.bytes(&(4096 - u32::from(size)).to_le_bytes());
+        self.asm.jcc(cc::A, 0)
     }
 
     /// Re-encodes the instruction for the host. Its memory operand, if it has one, is so many bytes from T0.
