@@ -15,9 +15,9 @@ pub const COM_PORTS: [u16; 4] = [0x3f8, 0x2f8, 0x3e8, 0x2e8];
 /// Interrupt lines of COM1 to COM4. Two ports share a line: the machine holds it high while either does.
 pub const COM_IRQS: [u8; 4] = [4, 3, 4, 3];
 
-/// Depth of the receive FIFO.
+/// Depth of the FIFOs.
 const FIFO: usize = 16;
-/// Bytes of output that may wait for [`Serial::take_output`]; the transmitter is not empty while so many do.
+/// Bytes of output that may wait for [`Serial::take_output`].
 const OUTPUT_LIMIT: usize = 4096;
 
 /// IER (8.6): enables of received data, transmitter empty, line status and modem status.
@@ -190,8 +190,9 @@ impl Serial {
         if self.fifos() { FIFO } else { 1 }
     }
 
+    /// Whether the transmitter takes a whole FIFO: a driver that is told so does not look again before each byte.
     fn transmitter_empty(&self) -> bool {
-        self.state.output.len() < OUTPUT_LIMIT
+        self.state.output.len() + FIFO <= OUTPUT_LIMIT
     }
 
     /// Bytes in the receive FIFO at which the interrupt comes (8.4).
@@ -285,7 +286,7 @@ impl Serial {
     fn transmit(&mut self, byte: u8) {
         if self.state.mcr & mcr::LOOP != 0 {
             self.receive_looped(byte);
-        } else if self.transmitter_empty() {
+        } else if self.state.output.len() < OUTPUT_LIMIT {
             self.state.output.push(byte);
         }
         self.state.transmit_pending = self.transmitter_empty();

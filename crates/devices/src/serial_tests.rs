@@ -139,6 +139,28 @@ fn loopback_overruns_and_tells_modem_changes() {
     assert_eq!((r.output(), r.lines()), (vec![], vec![]));
 }
 
+/// A driver that finds the transmitter empty writes a whole FIFO without a further look (`serial8250_tx_chars`).
+#[test]
+fn no_byte_of_a_fifo_that_was_offered_is_lost() {
+    let mut r = Rig::new();
+    r.write(2, 1);
+    let mut sent = Vec::new();
+    // Not a multiple of a FIFO, so that the limit comes amid one.
+    for n in 0..1001u32 {
+        r.write(0, n as u8);
+        sent.push(n as u8);
+    }
+    while r.read(5) & 0x20 != 0 {
+        for n in 0..16 {
+            r.write(0, n);
+            sent.push(n);
+        }
+    }
+    assert!(sent.len() > OUTPUT_LIMIT - FIFO);
+    assert_eq!(r.output(), sent);
+    assert_eq!(r.read(5) & 0x60, 0x60);
+}
+
 #[test]
 fn output_that_nobody_takes_stops_the_transmitter() {
     let mut r = Rig::new();
