@@ -285,6 +285,11 @@ impl Mmu {
         Some(region.gpa + (host - region.host as u64))
     }
 
+    /// The translation of code of this kind at `va` that the jump cache in force knows.
+    pub fn find_jump(&mut self, va: u64, mode: u32) -> Option<*const u8> {
+        self.jump_view().find_jump(va, mode)
+    }
+
     /// Enters a translation of code at `va` into the jump cache in force.
     pub fn fill_jump(&mut self, va: u64, host: *const u8) {
         self.jump_view().fill_jump(va, host);

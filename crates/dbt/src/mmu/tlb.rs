@@ -198,6 +198,12 @@ impl View {
         page.local |= !global;
     }
 
+    /// The translation of code of this kind at `va`.
+    pub fn find_jump(&self, va: u64, mode: u32) -> Option<*const u8> {
+        let jump = &self.jumps[jump_index(va)];
+        (self.jump_mode == mode && jump.va == va).then_some(jump.host)
+    }
+
     /// Enters a translation of code into the jump cache.
     pub fn fill_jump(&mut self, va: u64, host: *const u8) {
         let i = jump_index(va);

@@ -1,9 +1,11 @@
 //! The way into generated code and the call back out of it.
 
-use ruse_arch::{flags::rflags, paging::Access};
+use std::sync::atomic::Ordering;
+
+use ruse_arch::{MpState, flags::rflags, paging::Access};
 
 use crate::{
-    cpu::{Cpu, Who},
+    cpu::{Cpu, Who, request},
     mmu::access::Place,
     tier0,
 };
@@ -99,6 +101,48 @@ pub unsafe extern "C" fn step(cpu: u64, rip: u64, len: u64) -> u64 {
     cpu.exit_value = cpu.rip;
     // What the instruction wrote may be the code behind it.
     u64::from(done && cpu.rip == rip.wrapping_add(len) && cpu.written_code.is_empty())
+}
+
+/// Tier 0 executes the instruction at `rip`, which may lead anywhere: the address of the translated code there, or 0 if
+/// generated code is left for the address in [`Cpu::exit_value`].
+///
+/// # Safety
+/// Called by generated code only, with the address of the running vCPU's block.
+pub unsafe extern "C" fn interpret(cpu: u64, rip: u64) -> u64 {
+    // SAFETY: as in `slow_access`.
+    let cpu = unsafe { &mut *(cpu as *mut Cpu) };
+    cpu.select_view();
+    cpu.rip = rip;
+    cpu.rflags = cpu.rflags & !rflags::ARITH | cpu.arith & rflags::ARITH;
+    let result = tier0::step(cpu);
+    cpu.arith = cpu.rflags & rflags::ARITH | rflags::FIXED;
+    cpu.exit_value = cpu.rip;
+    if let Err(fault) = result {
+        // Delivered before the next instruction.
+        cpu.exception = Some(fault);
+        return 0;
+    }
+    next_code(cpu).map_or(0, |host| host as u64)
+}
+
+/// The translated code at RIP, if the jump cache knows it and nothing is to be done before it.
+fn next_code(cpu: &mut Cpu) -> Option<*const u8> {
+    // That interrupts may be let in now is looked at here.
+    let shared = cpu.shared();
+    shared.take(request::SELF);
+    let requests = shared.requests.load(Ordering::SeqCst);
+    let busy = requests != 0 || cpu.nmi_pending || !cpu.written_code.is_empty();
+    if busy || cpu.mp_state != MpState::Running {
+        return None;
+    }
+    let waits = cpu.bus().interrupt_pending(cpu.id);
+    cpu.irq_waiting = waits.into();
+    if waits && cpu.rflags & rflags::IF != 0 {
+        return None;
+    }
+    let mode = cpu.code_mode(false)?;
+    cpu.kernel_generation = cpu.mmu.kernel_generation();
+    cpu.mmu.find_jump(cpu.rip, mode.bits())
 }
 
 /// Reads bytes from two pages of RAM into the bounce buffer, at an address of the same alignment.

@@ -6,6 +6,7 @@ pub mod engine;
 mod enter;
 mod fault;
 mod marks;
+mod mode;
 #[cfg(test)]
 mod tests;
 pub mod vcpu;

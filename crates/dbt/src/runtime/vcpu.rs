@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Instant};
 use iced_x86::FlowControl;
 use ruse_arch::{
     Exception, MpState, VcpuState,
-    flags::{cr0, cr4, rflags},
+    flags::{cr0, rflags},
     paging::{Access, is_canonical},
     state::{reg, seg},
 };
@@ -64,7 +64,13 @@ impl DbtVcpu {
         let lifter = Lifter::new(Box::new(move |i| features.allow(i)), !options.check);
         let avx = std::is_x86_feature_detected!("avx");
         let blocks = Blocks::new(
-            Calls { slow_access: enter::slow_access, slow_group: enter::slow_group, step: enter::step },
+            Calls {
+                slow_access: enter::slow_access,
+                slow_group: enter::slow_group,
+                step: enter::step,
+                // The check executes in both tiers whatever it can.
+                interpret: (!options.check).then_some(enter::interpret as _),
+            },
             lifter,
             avx,
         )?;
@@ -248,7 +254,8 @@ impl DbtVcpu {
 
     /// Runs translated code where that is possible, else one instruction in tier 0.
     fn execute(&mut self) -> Result<(), Exception> {
-        let Some(mut mode) = self.code_mode() else { return tier0::step(&mut self.cpu) };
+        let mode = if self.options.tier == Some(0) { None } else { self.cpu.code_mode(self.options.check) };
+        let Some(mut mode) = mode else { return tier0::step(&mut self.cpu) };
         let link = self.pending_link.and_then(|link| self.blocks.link_target(link));
         mode.plain = link == Some((self.cpu.rip, true));
         if self.options.check {
@@ -262,26 +269,6 @@ impl DbtVcpu {
         self.resolve_link(block);
         self.enter(block, mode);
         self.after_exit()
-    }
-
-    /// What translated code may rely on now; `None` if only tier 0 will do.
-    fn code_mode(&self) -> Option<CodeMode> {
-        let cpu = &self.cpu;
-        let stepping = cpu.rflags & (rflags::TF | rflags::RF) != 0 || cpu.dr7 & 0xff != 0;
-        let aligned = cpu.rflags & rflags::AC != 0 && cpu.paging.cr0 & cr0::AM != 0 && cpu.mode.cpl == 3;
-        let plain = cpu.mode.code64 && matches!(cpu.mode.cpl, 0 | 3) && !stepping && !aligned;
-        if !plain || cpu.interrupt_shadow || self.options.tier == Some(0) {
-            return None;
-        }
-        // DF is kept clear in the host's flags, and string instructions are tier 0's.
-        let x87 = cpu.paging.cr0 & (cr0::EM | cr0::TS) == 0;
-        let sse = x87 && cpu.paging.cr4 & cr4::OSFXSR != 0;
-        let avx = sse && cpu.paging.cr4 & cr4::OSXSAVE != 0 && cpu.xcr0 & 6 == 6;
-        let kernel = cpu.mode.cpl == 0;
-        // Check mode would read the clock twice.
-        let plain_tsc = !self.options.check && !cpu.clock.is_slow();
-        let tsc = plain_tsc && (kernel || cpu.paging.cr4 & cr4::TSD == 0);
-        Some(CodeMode { kernel, x87, sse, avx, tsc, plain: false })
     }
 
     /// The block at RIP, translated if it is not there yet. `None`: tier 0 has to execute here.

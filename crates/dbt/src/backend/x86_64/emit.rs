@@ -580,7 +580,7 @@ impl<'a> Emitter<'a> {
     fn interpret(&mut self, at: u64, live: u32) {
         self.spill_flags(live);
         self.asm.mov_imm(T0, at);
-        self.asm.jmp(self.thunks.exit_interpret);
+        self.asm.jmp(self.thunks.interpret);
     }
 
     /// Leaves to a linear address that is known. The flags are in the block.

@@ -35,8 +35,9 @@ pub struct Thunks {
     /// Called with the linear address of an instruction in T0 and its length in T1, the flags in the block: tier 0
     /// executes it. Returns, or leaves with [`exit::AT`]. Destroys the flags.
     pub step: u64,
-    /// Leaves with [`exit::INTERPRET`]; T0 holds the linear address.
-    pub exit_interpret: u64,
+    /// Tier 0 executes the instruction at the linear address in T0, the flags in the block. Goes to the translated code to
+    /// which that leads, or leaves with [`exit::AT`]; or leaves before, with [`exit::INTERPRET`].
+    pub interpret: u64,
     /// Leaves with [`exit::FAULT`]; T0 holds the host address that faulted. Entered by the signal handler.
     pub exit_fault: u64,
     /// By index of [`ACCESS_SIZES`] and by whether it is a write. Called after a probe that missed: returns the host
@@ -62,6 +63,9 @@ pub struct Calls {
     /// Takes the vCPU block, the linear address of an instruction and its length. Returns 0 if generated code must be
     /// left.
     pub step: unsafe extern "C" fn(u64, u64, u64) -> u64,
+    /// Takes the vCPU block and the linear address of an instruction. Returns the host address where generated code goes
+    /// on, or 0. Without it, generated code is left for each such instruction.
+    pub interpret: Option<unsafe extern "C" fn(u64, u64) -> u64>,
 }
 
 /// Host registers that hold guest registers, with the guest register's index.
@@ -136,8 +140,11 @@ impl Thunks {
         pop(&mut asm, T1);
         asm.store(block::EXIT_AUX, T1);
         exit_with(&mut asm, exit::MISS, leave);
-        thunks.exit_interpret = asm.here();
-        exit_with(&mut asm, exit::INTERPRET, leave);
+        thunks.interpret = asm.here();
+        match calls.interpret {
+            Some(function) => interpret(&mut asm, function as usize as u64, store),
+            None => exit_with(&mut asm, exit::INTERPRET, leave),
+        }
         thunks.exit_fault = asm.here();
         // The flags may be alive in the host's.
         asm.bytes(&[0x9c]);
@@ -198,9 +205,7 @@ fn enter(asm: &mut Asm, unforeseen: u64) {
     asm.mov_imm(T0, unforeseen);
     push(asm, T0);
     asm.store(block::scratch(7), 7);
-    for (host, guest) in PINNED {
-        asm.load(host, block::gpr(guest));
-    }
+    load_pinned(asm);
     asm.jmp_mem(block::scratch(7));
 }
 
@@ -270,6 +275,21 @@ fn step(asm: &mut Asm, function: u64, load: u64, store: u64) {
     come_back_or_leave(asm, load, exit::AT);
 }
 
+/// Nothing that the code before knew holds any more: neither where returns lead, nor that vector registers are needed.
+fn interpret(asm: &mut Asm, function: u64, store: u64) {
+    call_out(asm, function, store, |_| {});
+    asm.store_imm32(block::VECTORS_RESIDENT, 0);
+    test_result(asm);
+    let failed = asm.jcc(cc::E, 0);
+    asm.mov(T0, 0);
+    asm.load(RSP, block::HOST_RSP);
+    asm.lea(RSP, RSP, -8);
+    load_pinned(asm);
+    asm.regs(false, &[0xff], 4, T0); // jmp T0
+    asm.bind(failed);
+    leave_for(asm, exit::AT);
+}
+
 /// A group that lies on two pages is not worth a call: pointers that walk through memory make them.
 fn slow_group(asm: &mut Asm, function: u64, load: u64, store: u64) {
     asm.store(block::scratch(2), T0);
@@ -313,21 +333,35 @@ fn call_out(asm: &mut Asm, function: u64, store: u64, more: impl FnOnce(&mut Asm
 /// After a call: goes on with its result in T0; if that is 0, leaves with the state that the function has left in the
 /// block.
 fn come_back_or_leave(asm: &mut Asm, load: u64, reason: u32) {
-    asm.bytes(&[0x48, 0x85, 0xc0]); // test rax, rax
+    test_result(asm);
     let failed = asm.jcc(cc::E, 0);
     come_back(asm, load);
     asm.bind(failed);
+    leave_for(asm, reason);
+}
+
+/// Whether a function has returned 0.
+fn test_result(asm: &mut Asm) {
+    asm.regs(true, &[0x85], 0, 0); // test rax, rax
+}
+
+/// Leaves with the state that is in the block.
+fn leave_for(asm: &mut Asm, reason: u32) {
     asm.store_imm32(block::EXIT_REASON, reason);
     return_to_caller(asm);
+}
+
+fn load_pinned(asm: &mut Asm) {
+    for (host, guest) in PINNED {
+        asm.load(host, block::gpr(guest));
+    }
 }
 
 /// After a call: goes on with its result in T0.
 fn come_back(asm: &mut Asm, load: u64) {
     asm.mov(T0, 0);
     when_resident(asm, load);
-    for (host, guest) in PINNED {
-        asm.load(host, block::gpr(guest));
-    }
+    load_pinned(asm);
     asm.bytes(&[0xc3]);
 }
 
