@@ -9,6 +9,7 @@
 pub mod asm;
 pub mod emit;
 pub mod groups;
+mod in_block;
 mod operands;
 pub mod thunks;
 
