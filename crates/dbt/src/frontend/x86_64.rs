@@ -48,6 +48,22 @@ impl CodeMode {
     }
 }
 
+/// A piece of a page of code.
+#[derive(Clone, Copy)]
+pub struct Piece<'a> {
+    /// Linear address of the first byte.
+    pub start: u64,
+    /// The bytes.
+    pub bytes: &'a [u8],
+}
+
+impl<'a> Piece<'a> {
+    /// The bytes from a linear address on, if it lies in the piece.
+    fn from(&self, at: u64) -> Option<&'a [u8]> {
+        usize::try_from(at.wrapping_sub(self.start)).ok().and_then(|offset| self.bytes.get(offset..))
+    }
+}
+
 /// Decodes and lifts from one page of code.
 pub struct Lifter {
     info: InstructionInfoFactory,
@@ -63,19 +79,19 @@ impl Lifter {
         Self { info: InstructionInfoFactory::new(), allowed, steps }
     }
 
-    /// Lifts the region that begins at linear address `start`. `page` is the code page's content from `start` to its
-    /// end. `None` if not even one instruction lies wholly on the page.
-    pub fn lift(&mut self, start: u64, page: &[u8], mode: CodeMode) -> Option<Region> {
-        self.lift_some(start, page, mode, MAX_NODES)
+    /// Lifts the region that begins at linear address `start` in a piece of a page. What lies before is looked at where the
+    /// region leads back. `None` if not even one instruction lies wholly in the piece.
+    pub fn lift(&mut self, start: u64, piece: Piece, mode: CodeMode) -> Option<Region> {
+        self.lift_some(start, piece, mode, MAX_NODES)
     }
 
-    /// Lifts the one instruction at `start`; `bytes` may come from two pages.
-    pub fn lift_one(&mut self, start: u64, bytes: &[u8], mode: CodeMode) -> Option<Region> {
-        self.lift_some(start, bytes, mode, 1)
+    /// Lifts the one instruction at `start`; the piece may come from two pages.
+    pub fn lift_one(&mut self, start: u64, piece: Piece, mode: CodeMode) -> Option<Region> {
+        self.lift_some(start, piece, mode, 1)
     }
 
-    fn lift_some(&mut self, start: u64, page: &[u8], mode: CodeMode, most: usize) -> Option<Region> {
-        let mut decoder = Decoder::with_ip(64, page, start, DecoderOptions::NONE);
+    fn lift_some(&mut self, start: u64, piece: Piece, mode: CodeMode, most: usize) -> Option<Region> {
+        let mut decoder = Decoder::with_ip(64, piece.from(start)?, start, DecoderOptions::NONE);
         let mut nodes: Vec<Node> = Vec::with_capacity(16);
         let mut end = start;
         let mut after_sti = false;
@@ -85,7 +101,7 @@ impl Lifter {
                 break;
             }
             let mut node = self.node(insn, mode);
-            node.live_at_exit = exit_liveness(&node, start, page);
+            node.live_at_exit = exit_liveness(&node, piece);
             end = insn.next_ip();
             let op = node.op;
             nodes.push(node);
@@ -98,7 +114,7 @@ impl Lifter {
             return None;
         }
         leave_sti_to_tier0(&mut nodes);
-        let live_at_end = flags_read_at(end, start, page);
+        let live_at_end = flags_read_at(end, piece);
         let mut region = Region { start, end, nodes, live_at_end, after_sti };
         region.compute_liveness();
         Some(region)
@@ -453,20 +469,17 @@ fn may_keep_flags(i: &Instruction) -> bool {
 }
 
 /// Flags that may be read at the target of a node's exit.
-fn exit_liveness(node: &Node, start: u64, page: &[u8]) -> u32 {
+fn exit_liveness(node: &Node, piece: Piece) -> u32 {
     match node.op {
-        Op::Branch { target, .. } | Op::Jump { target } | Op::Call { target } => {
-            flags_read_at(target, start, page)
-        }
+        Op::Branch { target, .. } | Op::Jump { target } | Op::Call { target } => flags_read_at(target, piece),
         Op::JumpTo(_) | Op::CallTo(_) | Op::Return(_) | Op::Interpret => ARITH,
         _ => 0,
     }
 }
 
 /// Flags that code at linear address `at` may read before it writes them; all of them where that cannot be seen.
-fn flags_read_at(at: u64, start: u64, page: &[u8]) -> u32 {
-    let offset = at.wrapping_sub(start);
-    let Some(bytes) = usize::try_from(offset).ok().and_then(|o| page.get(o..)) else { return ARITH };
+fn flags_read_at(at: u64, piece: Piece) -> u32 {
+    let Some(bytes) = piece.from(at) else { return ARITH };
     let mut decoder = Decoder::with_ip(64, bytes, at, DecoderOptions::NONE);
     let (mut read, mut open) = (0, ARITH);
     for _ in 0..LOOKAHEAD {
@@ -500,7 +513,9 @@ mod tests {
         CodeMode { kernel: true, x87: true, sse: true, avx: true, tsc: true, plain: false };
 
     fn lift(code: &[u8]) -> Region {
-        Lifter::new(Box::new(|_| true), true).lift(0x1000, code, KERNEL).unwrap()
+        Lifter::new(Box::new(|_| true), true)
+            .lift(0x1000, Piece { start: 0x1000, bytes: code }, KERNEL)
+            .unwrap()
     }
 
     #[test]
@@ -509,6 +524,15 @@ mod tests {
         let region = lift(&[0x39, 0xd8, 0x8b, 0x0a, 0x01, 0xd8, 0xc3]);
         assert_eq!(region.nodes[0].live_out, 0);
         assert_eq!(region.nodes[2].live_out, ARITH);
+    }
+
+    #[test]
+    fn flags_are_dead_where_a_branch_leads_back_to_what_overwrites_them() {
+        // add eax, ebx; nop; cmp eax, ecx; jne back
+        let bytes = &[0x01, 0xd8, 0x90, 0x39, 0xc8, 0x75, 0xf9];
+        let piece = Piece { start: 0x1000, bytes };
+        let region = Lifter::new(Box::new(|_| true), true).lift(0x1003, piece, KERNEL).unwrap();
+        assert_eq!(region.nodes[1].live_at_exit, 0);
     }
 
     #[test]
@@ -546,6 +570,7 @@ mod tests {
 
     #[test]
     fn an_instruction_that_leaves_the_page_is_not_lifted() {
-        assert!(Lifter::new(Box::new(|_| true), true).lift(0x1ffe, &[0x48, 0x8b], KERNEL).is_none());
+        let piece = Piece { start: 0x1ffe, bytes: &[0x48, 0x8b] };
+        assert!(Lifter::new(Box::new(|_| true), true).lift(0x1ffe, piece, KERNEL).is_none());
     }
 }

@@ -16,7 +16,7 @@ use crate::{
         thunks::{Calls, Thunks},
     },
     code_memory::CodeMemory,
-    frontend::x86_64::{CodeMode, Lifter},
+    frontend::x86_64::{CodeMode, Lifter, Piece},
     ir::Region,
 };
 
@@ -125,6 +125,8 @@ struct Link {
     guarded: bool,
     /// It leads to a block without groups of accesses.
     plain: bool,
+    /// It leads on to higher addresses, past the look at the requests.
+    ahead: bool,
 }
 
 /// Where a host address in generated code belongs.
@@ -221,9 +223,9 @@ impl Blocks {
         self.memory.rx_ptr().wrapping_add(self.blocks[block as usize].host as usize)
     }
 
-    /// Lifts the code at `va` without translating it. `bytes` is the page's content from there to its end.
-    pub fn lift(&mut self, va: u64, bytes: &[u8], mode: CodeMode) -> Option<Region> {
-        self.lifter.lift(va, bytes, mode)
+    /// Lifts the code at `va` without translating it.
+    pub fn lift(&mut self, va: u64, piece: Piece, mode: CodeMode) -> Option<Region> {
+        self.lifter.lift(va, piece, mode)
     }
 
     /// The second page of a block's code, if it has one.
@@ -232,8 +234,8 @@ impl Blocks {
     }
 
     /// Lifts the one instruction at `va`, whose bytes lie on two pages.
-    pub fn lift_one(&mut self, va: u64, bytes: &[u8], mode: CodeMode) -> Option<Region> {
-        self.lifter.lift_one(va, bytes, mode)
+    pub fn lift_one(&mut self, va: u64, piece: Piece, mode: CodeMode) -> Option<Region> {
+        self.lifter.lift_one(va, piece, mode)
     }
 
     /// Translates a region. `None`: no room; the caller calls [`Blocks::clear`] and tries again.
@@ -255,6 +257,7 @@ impl Blocks {
             next: NONE,
             guarded: l.guarded,
             plain: l.plain,
+            ahead: l.ahead,
         }));
         let id = self.blocks.len() as u32;
         let block = Block {
@@ -296,7 +299,8 @@ impl Blocks {
             l.next = std::mem::replace(&mut self.blocks[block as usize].incoming, link);
         }
         let l = &self.links[link as usize];
-        let rel = self.blocks[block as usize].host.wrapping_sub(l.site + 4);
+        let entry = self.blocks[block as usize].host + if l.ahead { emit::POLL } else { 0 };
+        let rel = entry.wrapping_sub(l.site + 4);
         let mut done = self.memory.write(l.site as usize, &rel.to_le_bytes());
         if l.guarded {
             done &= self.memory.write((l.site - emit::GUARD) as usize, &generation.to_le_bytes());

@@ -19,7 +19,7 @@ use super::{
 use crate::{
     backend::x86_64::{exit, thunks::Calls},
     cpu::{Cpu, CpuBox, Who, request},
-    frontend::x86_64::{CodeMode, Lifter},
+    frontend::x86_64::{CodeMode, Lifter, Piece},
     ir::Region,
     mmu::{
         access::Place,
@@ -33,8 +33,9 @@ use crate::{
     },
 };
 
-/// Bytes of code that a region is lifted from at most.
-const LIFTED: usize = 768;
+/// Bytes of code that a region is lifted from at most, and bytes before it that are looked at.
+const LIFTED: usize = 512;
+const BEFORE: usize = 256;
 
 /// Why [`Blocks::locate`] knows every address in generated code.
 const MARKED: &str = "generated code has marks from its first byte on";
@@ -313,19 +314,22 @@ impl DbtVcpu {
         mode: CodeMode,
     ) -> Result<Option<u32>, Exception> {
         self.guard_page(page);
-        let mut bytes = [0; LIFTED];
-        let left = 4096 - va as usize % 4096;
+        let mut bytes = [0; BEFORE + LIFTED];
+        let offset = va as usize % 4096;
+        let (before, left) = (offset.min(BEFORE), 4096 - offset);
         let here = left.min(LIFTED);
-        crate::mmu::access::load(host, &mut bytes[..here]);
-        if let Some(region) = self.lift(va, &bytes[..here], mode) {
+        crate::mmu::access::load(host.wrapping_sub(before), &mut bytes[..before + here]);
+        let piece = Piece { start: va - before as u64, bytes: &bytes[..before + here] };
+        if let Some(region) = self.lift(va, piece, mode) {
             return Ok(self.store(&region, Source { page, second: None }, mode));
         }
         // The first instruction leaves the page: a block of its own. Its faults are tier 0's.
         let Ok(Some(second)) = self.second_page(va) else { return Ok(None) };
         self.guard_page(second);
         let all = left + 15;
-        crate::mmu::access::load(second as *const u8, &mut bytes[left..all]);
-        let Some(mut region) = self.blocks.lift_one(va, &bytes[..all], mode) else { return Ok(None) };
+        crate::mmu::access::load(second as *const u8, &mut bytes[before + left..before + all]);
+        let piece = Piece { start: va, bytes: &bytes[before..before + all] };
+        let Some(mut region) = self.blocks.lift_one(va, piece, mode) else { return Ok(None) };
         if self.options.check {
             region.keep_flags();
         }
@@ -333,11 +337,11 @@ impl DbtVcpu {
     }
 
     /// Lifts the region at `va`; in check mode it is one instruction, all of whose flags count.
-    fn lift(&mut self, va: u64, bytes: &[u8], mode: CodeMode) -> Option<Region> {
+    fn lift(&mut self, va: u64, piece: Piece, mode: CodeMode) -> Option<Region> {
         if !self.options.check {
-            return self.blocks.lift(va, bytes, mode);
+            return self.blocks.lift(va, piece, mode);
         }
-        let mut region = self.blocks.lift_one(va, bytes, mode)?;
+        let mut region = self.blocks.lift_one(va, piece, mode)?;
         region.keep_flags();
         Some(region)
     }

@@ -37,10 +37,15 @@ pub struct Link {
     pub guarded: bool,
     /// It leads to code without groups of accesses.
     pub plain: bool,
+    /// It leads on to higher addresses: no loop is made of such links alone, so they need not look at the requests.
+    pub ahead: bool,
 }
 
 /// Distance of a link's guard from its site: the constant, a conditional jump, the opcode of the jump.
 pub const GUARD: u32 = 4 + 6 + 1;
+
+/// Bytes of the look at the requests at a region's beginning.
+pub const POLL: u32 = 9 + 6;
 
 /// Where in the host code a guest instruction begins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -174,6 +179,7 @@ impl<'a> Emitter<'a> {
         self.asm.cmp_imm32(block::REQUESTS, 0);
         let branch = self.asm.jcc(cc::NE, 0);
         self.stubs.push(Stub { branch, kind: StubKind::Poll(0) });
+        debug_assert_eq!(self.asm.code.len() as u32, POLL);
         if region.nodes.iter().any(|n| n.vector) {
             self.asm.cmp_imm32(block::VECTORS_RESIDENT, 0);
             let over = self.asm.jcc(cc::NE, 0);
@@ -560,7 +566,11 @@ impl<'a> Emitter<'a> {
         let complete = self.restore_flags(node.reads);
         let branch = self.asm.jcc(condition, 0);
         let save_flags = node.live_at_exit != 0 && !self.in_block;
-        self.stubs.push(Stub { branch, kind: StubKind::Exit { target, save_flags } });
+        if self.is_near(target) && !save_flags {
+            self.link(target, branch, false);
+        } else {
+            self.stubs.push(Stub { branch, kind: StubKind::Exit { target, save_flags } });
+        }
         self.in_host &= complete;
     }
 
@@ -608,7 +618,9 @@ impl<'a> Emitter<'a> {
     /// The displacement at `site` will lead to `target`.
     fn link(&mut self, target: u64, site: usize, guarded: bool) {
         self.stubs.push(Stub { branch: site, kind: StubKind::Unresolved(self.links.len()) });
-        self.links.push(Link { target, site: site as u32, unresolved: 0, guarded, plain: false });
+        let ahead = target > self.start.wrapping_add(self.guest_offset.into());
+        let link = Link { target, site: site as u32, unresolved: 0, guarded, plain: false, ahead };
+        self.links.push(link);
     }
 
     /// Sees to it that the host stack has room for one more return address.

@@ -394,7 +394,7 @@ fn initial(register: usize) -> u16 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::frontend::x86_64::{CodeMode, Lifter};
+    use crate::frontend::x86_64::{CodeMode, Lifter, Piece};
 
     fn groups(code: &[u8]) -> Vec<Places> {
         plan(code).places
@@ -402,7 +402,9 @@ mod tests {
 
     fn plan(code: &[u8]) -> Plan {
         let mode = CodeMode { kernel: true, x87: true, sse: true, avx: true, tsc: true, plain: false };
-        let region = Lifter::new(Box::new(|_| true), true).lift(0x1000, code, mode).unwrap();
+        let region = Lifter::new(Box::new(|_| true), true)
+            .lift(0x1000, Piece { start: 0x1000, bytes: code }, mode)
+            .unwrap();
         find(&region, &mut InstructionInfoFactory::new())
     }
 

@@ -33,7 +33,7 @@ pub fn with_memory(insn: &Instruction) -> Option<Instruction> {
     i.set_memory_base(Register::None);
     i.set_memory_index(Register::None);
     i.set_memory_displacement64(at as u64);
-    i.set_memory_displ_size(4);
+    i.set_memory_displ_size(8);
     i.set_segment_prefix(Register::GS);
     Some(i)
 }
