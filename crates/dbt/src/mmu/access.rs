@@ -1,7 +1,7 @@
 //! Guest memory accesses of Rust code: tier 0, the CPU's own accesses to tables, and what generated code cannot do in
 //! place (accesses that leave a page, devices, pages with code).
 
-use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering, fence};
 
 use ruse_arch::{
     Exception,
@@ -11,7 +11,7 @@ use ruse_arch::{
 use ruse_engine::IoAddress;
 
 use crate::{
-    cpu::{Cpu, Who},
+    cpu::{Cpu, Who, request},
     tier0::debug::{self, Watch},
 };
 
@@ -20,8 +20,8 @@ use crate::{
 pub enum Place {
     /// RAM at this host address.
     Ram(*mut u8),
-    /// RAM with translated code on its page: host address and guest physical address.
-    Code(*mut u8, u64),
+    /// RAM with translated code on its page: host address.
+    Code(*mut u8),
     /// Not RAM, or a write to RAM that vCPUs can only read: guest physical address.
     Device(u64),
 }
@@ -56,7 +56,7 @@ impl Cpu {
         Ok(match host {
             Some(host) => Place::Ram(host),
             None => match self.mmu.writable_page(found.gpa) {
-                Some(page) => Place::Code(page.wrapping_add((found.gpa % PAGE) as usize), found.gpa),
+                Some(page) => Place::Code(page.wrapping_add((found.gpa % PAGE) as usize)),
                 None => Place::Device(found.gpa),
             },
         })
@@ -107,28 +107,13 @@ impl Cpu {
         Ok(())
     }
 
-    /// Host address at which `size` (1, 2, 4, 8 or 16) bytes can be changed atomically, if they lie in RAM within one
-    /// page without code on it. `None`: the caller makes the access in parts.
-    pub fn atomic_place(&mut self, la: u64, size: usize, who: Who) -> Result<Option<*mut u8>, Exception> {
-        let la = self.wrap(la);
-        debug::note(self, la, size, Watch::Write, who);
-        if first_part(la, size) < size {
-            return Ok(None);
-        }
-        Ok(match self.place(la, size, Access::Write, who)? {
-            Place::Ram(host) => Some(host),
-            _ => None,
-        })
-    }
-
     /// Sets and clears bits of one byte as a locked operation, for the accessed and busy bits of descriptors.
     pub fn update_byte(&mut self, la: u64, set: u8, clear: u8, who: Who) -> Result<(), Exception> {
         let la = self.wrap(la);
         match self.place(la, 1, Access::Write, who)? {
-            Place::Ram(host) => change_byte(host, set, clear),
-            Place::Code(host, gpa) => {
+            Place::Ram(host) | Place::Code(host) => {
                 change_byte(host, set, clear);
-                self.code_written(gpa, 1);
+                self.ram_written(host, 1);
             }
             Place::Device(gpa) => {
                 let mut byte = [0];
@@ -143,7 +128,7 @@ impl Cpu {
     /// Reads what a place holds.
     pub fn read_place(&mut self, place: Place, buf: &mut [u8]) {
         match place {
-            Place::Ram(host) | Place::Code(host, _) => load(host, buf),
+            Place::Ram(host) | Place::Code(host) => load(host, buf),
             Place::Device(gpa) => self.device_read(gpa, buf),
         }
     }
@@ -151,20 +136,29 @@ impl Cpu {
     /// Writes to a place; translations of code there become void.
     pub fn write_place(&mut self, place: Place, bytes: &[u8]) {
         match place {
-            Place::Ram(host) => store(host, bytes),
-            Place::Code(host, gpa) => {
+            Place::Ram(host) | Place::Code(host) => {
                 store(host, bytes);
-                self.code_written(gpa, bytes.len());
+                self.ram_written(host, bytes.len());
             }
             Place::Device(gpa) => self.device_write(gpa, bytes),
         }
     }
 
-    /// Bytes of a page with code were written by this vCPU.
-    pub fn code_written(&mut self, gpa: u64, len: usize) {
-        self.mmu.code.written(gpa, Some(self.id));
-        self.written_code.push((gpa, len as u32));
-        self.shared().raise(crate::cpu::request::MEMORY);
+    /// This vCPU has written `len` bytes of a page of RAM at a host address: translations of code there become void.
+    ///
+    /// Whether there are any is looked at now: others do not wait for what tier 0 writes when they watch a page
+    /// ([`CodeMap::watch`]), so one may have begun to translate since the place was found.
+    ///
+    /// [`CodeMap::watch`]: super::watch::CodeMap::watch
+    pub fn ram_written(&mut self, host: *const u8, len: usize) {
+        fence(Ordering::SeqCst);
+        if let Some(gpa) = self.mmu.gpa_of_host(host as u64)
+            && self.mmu.code.has_code(gpa)
+        {
+            self.mmu.code.written(gpa, Some(self.id));
+            self.written_code.push((gpa, len as u32));
+            self.shared().raise(request::MEMORY);
+        }
     }
 
     /// Linear addresses outside 64-bit mode have 32 bits.

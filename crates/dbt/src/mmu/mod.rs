@@ -9,6 +9,8 @@ mod read_only_tests;
 mod tests;
 pub mod tlb;
 pub mod watch;
+#[cfg(test)]
+mod watch_tests;
 mod writers;
 mod zeroed;
 
@@ -435,7 +437,7 @@ impl PhysMemory for Physical<'_> {
     fn set_bits(&mut self, gpa: u64, wide: bool, old: u64, bits: u64) -> bool {
         let Some(at) = self.entry_to_mark(gpa) else { return true };
         // SAFETY: as in `read_entry`.
-        unsafe {
+        let done = unsafe {
             if wide {
                 AtomicU64::from_ptr(at.cast())
                     .compare_exchange(old, old | bits, Ordering::SeqCst, Ordering::Relaxed)
@@ -446,6 +448,11 @@ impl PhysMemory for Physical<'_> {
                     .compare_exchange(old, new, Ordering::SeqCst, Ordering::Relaxed)
                     .is_ok()
             }
+        };
+        if done {
+            // This vCPU's own translations become void, too.
+            self.mmu.code.written(gpa, None);
         }
+        done
     }
 }

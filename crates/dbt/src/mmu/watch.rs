@@ -4,10 +4,14 @@
 //! A vCPU that is about to translate from a page registers first ([`CodeMap::watch`]); the other vCPUs that could write
 //! to the page without being seen give that right up before the first byte is read. A vCPU that gains the right to
 //! write registers first too, and looks for code afterwards, so that one of the two always sees the other.
+//!
+//! Only translated code is waited for. Whoever else writes (tier 0, the walk of the page tables, devices) looks for code
+//! after the bytes are there. Between the two steps of either side is a full fence, so that either the writer sees that
+//! the page is watched, and posts its note, or the translator reads the new bytes.
 
 use std::sync::{
     Arc, Mutex, PoisonError, RwLock,
-    atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
+    atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence},
 };
 
 use ruse_memory::{GuestRam, PAGE_SIZE, WriteListener};
@@ -169,8 +173,8 @@ impl CodeMap {
         self.page(gpa).is_some_and(|p| p.code.load(Ordering::SeqCst) != 0)
     }
 
-    /// vCPU `id` is about to translate from the page: when this returns, nobody else writes to it unseen. Must not be
-    /// called while the caller counts as running.
+    /// vCPU `id` is about to translate from the page: when this returns, nobody else writes to it unseen. It reads the
+    /// page's bytes afterwards. Must not be called while the caller counts as running.
     pub fn watch(&self, gpa: u64, id: u32) {
         let Some(page) = self.page(gpa) else { return };
         if page.code.fetch_or(1 << id, Ordering::SeqCst) & (1 << id) != 0 {
@@ -179,6 +183,7 @@ impl CodeMap {
         if let Some((tracker, offset)) = self.ram.tracker(gpa) {
             tracker.watch(offset);
         }
+        fence(Ordering::SeqCst);
         let others = page.writers.load(Ordering::SeqCst) & !(1 << id);
         for peer in self.peers_in(others) {
             peer.post(Note::Guard(gpa & !(PAGE_SIZE - 1)));
@@ -195,7 +200,8 @@ impl CodeMap {
         }
     }
 
-    /// The page was written by vCPU `id`, which looks after its own translations (`None`: by a device).
+    /// The page was written by vCPU `id`, which looks after its own translations (`None`: nobody does, as with a device).
+    /// A full fence lies between the write and this call.
     pub fn written(&self, gpa: u64, id: Option<u32>) {
         let Some(page) = self.page(gpa) else { return };
         let own = id.map_or(0, |id| 1u64 << id);

@@ -87,10 +87,9 @@ impl Cpu {
         }
         debug::note(self, la, size, debug::Watch::Write, Who::Current);
         match self.place(la, size, Access::Write, Who::Current)? {
-            Place::Ram(host) if atomic::is_whole(host, size) || !lock => Ok(change(host, size, lock, f)),
-            Place::Code(host, gpa) if atomic::is_whole(host, size) || !lock => {
+            Place::Ram(host) | Place::Code(host) if atomic::is_whole(host, size) || !lock => {
                 let old = change(host, size, lock, f);
-                self.code_written(gpa, size);
+                self.ram_written(host, size);
                 Ok(old)
             }
             _ => self.modify_parts(la, size, f),

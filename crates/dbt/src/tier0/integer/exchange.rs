@@ -109,10 +109,9 @@ fn cmpxchg16b(cpu: &mut Cpu, insn: &Insn) -> Result<(), Exception> {
     }
     let la = cpu.operand_address(insn, 16, Access::Write)?;
     let result = match cpu.place(la, 16, Access::Write, Who::Current)? {
-        Place::Ram(host) => atomic::exchange16(host, expected, new),
-        Place::Code(host, gpa) => {
+        Place::Ram(host) | Place::Code(host) => {
             let result = atomic::exchange16(host, expected, new);
-            cpu.code_written(gpa, 16);
+            cpu.ram_written(host, 16);
             result
         }
         Place::Device(_) => None,

@@ -175,19 +175,19 @@ impl Op {
         let from = match source {
             Some(_) if self.from(cpu, len).is_err() => return 0,
             Some(la) => match cpu.place(la, len, Access::Read, Who::Current) {
-                Ok(Place::Ram(host) | Place::Code(host, _)) => Some(host),
+                Ok(Place::Ram(host) | Place::Code(host)) => Some(host),
                 _ => return 0,
             },
             None => None,
         };
         let to = match cpu.place(la, len, Access::Write, Who::Current) {
-            Ok(place @ (Place::Ram(host) | Place::Code(host, _))) => {
+            Ok(Place::Ram(host) | Place::Code(host)) => {
                 // A destination within the source repeats what was just written.
                 let ahead = |from: *mut u8| (host as usize).wrapping_sub(from as usize);
                 if from.is_some_and(|from| (1..len).contains(&ahead(from))) {
                     return 0;
                 }
-                place
+                host
             }
             _ => return 0,
         };
@@ -197,23 +197,19 @@ impl Op {
     }
 
     /// Copies or fills `len` bytes of RAM within a page on each side.
-    fn move_bytes(&self, cpu: &mut Cpu, from: Option<*mut u8>, to: Place, len: usize) {
+    fn move_bytes(&self, cpu: &mut Cpu, from: Option<*mut u8>, to: *mut u8, len: usize) {
         let element = cpu.gpr[RAX].to_le_bytes();
         let element = &element[..self.size];
-        match (from, to) {
-            (Some(from), Place::Ram(to)) => access::copy(from, to, len),
-            (None, Place::Ram(to)) if element.iter().all(|b| *b == element[0]) => {
-                access::fill(to, element[0], len);
-            }
-            _ => {
+        match from {
+            Some(from) => access::copy(from, to, len),
+            None if element.iter().all(|b| *b == element[0]) => access::fill(to, element[0], len),
+            None => {
                 let mut buf = [0; PAGE as usize];
-                match from {
-                    Some(host) => cpu.read_place(Place::Ram(host), &mut buf[..len]),
-                    None => buf[..len].chunks_exact_mut(self.size).for_each(|c| c.copy_from_slice(element)),
-                }
-                cpu.write_place(to, &buf[..len]);
+                buf[..len].chunks_exact_mut(self.size).for_each(|c| c.copy_from_slice(element));
+                access::store(to, &buf[..len]);
             }
         }
+        cpu.ram_written(to, len);
     }
 }
 
