@@ -31,6 +31,15 @@ pub enum Value {
     Mem,
 }
 
+/// A repeated string instruction.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Repeat {
+    /// It copies; else it fills.
+    pub copies: bool,
+    /// Bytes of an element: 1, 2, 4 or 8.
+    pub size: u8,
+}
+
 /// An operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Op {
@@ -90,6 +99,8 @@ pub enum Op {
         /// Bytes that are written; 4 and 8 clear the rest.
         size: u8,
     },
+    /// REP MOVS or REP STOS: from page to page at most, else as [`Op::Step`].
+    Repeat(Repeat),
     /// Tier 0 executes this instruction, and the region goes on.
     Step,
     /// Leaves to tier 0, which executes this instruction.
@@ -117,6 +128,7 @@ impl Op {
             | Op::EnableInterrupts
             | Op::UserAccess(_)
             | Op::TimeStamp
+            | Op::Repeat(_)
             | Op::Step
             | Op::Call { .. }
             | Op::JumpTo(_)

@@ -6,7 +6,7 @@ use iced_x86::{
 };
 
 use crate::{
-    ir::{ACCESS_SIZES, MemUse, Node, Op, Region, Value},
+    ir::{ACCESS_SIZES, MemUse, Node, Op, Region, Repeat, Value},
     tier0::operand::{gpr_index, segment_index},
 };
 
@@ -125,7 +125,7 @@ impl Lifter {
         let x87 = is_x87(&insn) && matches!(op, Op::Host(_));
         let vector = is_vector(&insn) && matches!(op, Op::Host(_));
         let (reads, kills, writes) = match op {
-            Op::Interpret | Op::PushFlags | Op::Step => (ARITH, 0, false),
+            Op::Interpret | Op::PushFlags | Op::Step | Op::Repeat(_) => (ARITH, 0, false),
             Op::Nop => (0, 0, false),
             _ => {
                 let modified = insn.rflags_modified() & ARITH;
@@ -169,7 +169,11 @@ impl Lifter {
             return op;
         }
         if must_interpret(i) || !unit_available(i, mode) {
-            return if self.steps && may_step(i) { Op::Step } else { Op::Interpret };
+            return match repeat(i) {
+                _ if !self.steps || !may_step(i) => Op::Interpret,
+                Some(repeat) => Op::Repeat(repeat),
+                None => Op::Step,
+            };
         }
         let Some(memory) = (0..i.op_count()).find(|&op| i.op_kind(op) == OpKind::Memory) else {
             return Op::Host(None);
@@ -276,6 +280,25 @@ fn may_step(i: &Instruction) -> bool {
                 | M::Wrgsbase
                 | M::Xgetbv
         )
+}
+
+/// REP MOVS and REP STOS with 64-bit addresses in the flat segments.
+fn repeat(i: &Instruction) -> Option<Repeat> {
+    let (copies, size) = match i.code() {
+        Code::Movsb_m8_m8 => (true, 1),
+        Code::Movsw_m16_m16 => (true, 2),
+        Code::Movsd_m32_m32 => (true, 4),
+        Code::Movsq_m64_m64 => (true, 8),
+        Code::Stosb_m8_AL => (false, 1),
+        Code::Stosw_m16_AX => (false, 2),
+        Code::Stosd_m32_EAX => (false, 4),
+        Code::Stosq_m64_RAX => (false, 8),
+        _ => return None,
+    };
+    let plain = i.op0_kind() == OpKind::MemoryESRDI
+        && (!copies || i.op1_kind() == OpKind::MemorySegRSI)
+        && !matches!(i.segment_prefix(), Register::FS | Register::GS);
+    (i.has_rep_prefix() && plain).then_some(Repeat { copies, size })
 }
 
 /// Instructions that must not run on the host as they are, or that the backend has no way to rewrite.
@@ -549,12 +572,23 @@ mod tests {
             (&[0x0f, 0x01, 0xc1], Op::Interpret),        // vmcall
             (&[0xf3, 0x48, 0x0f, 0xae, 0xd8], Op::Step), // wrgsbase rax
             (&[0x0f, 0x05], Op::Interpret),              // syscall
-            (&[0xf3, 0xa4], Op::Step),                   // rep movsb
+            (&[0xf3, 0xa6], Op::Step),                   // rep cmpsb
             (&[0x8e, 0xe8], Op::Interpret),              // mov gs, eax
             (&[0x0f, 0x22, 0xd8], Op::Interpret),        // mov cr3, rax
         ];
         for (code, op) in codes {
             assert_eq!(lift(code).nodes[0].op, op, "{code:x?}");
+        }
+    }
+
+    #[test]
+    fn repeated_moves_are_known_by_their_elements() {
+        let op = |code| lift(code).nodes[0].op;
+        assert_eq!(op(&[0xf3, 0xa4]), Op::Repeat(Repeat { copies: true, size: 1 }));
+        assert_eq!(op(&[0xf3, 0x48, 0xab]), Op::Repeat(Repeat { copies: false, size: 8 }));
+        // movsb; rep movsb gs:[rsi]; rep movsb by ESI and EDI
+        for code in [&[0xa4][..], &[0x65, 0xf3, 0xa4], &[0x67, 0xf3, 0xa4]] {
+            assert_eq!(op(code), Op::Step, "{code:x?}");
         }
     }
 

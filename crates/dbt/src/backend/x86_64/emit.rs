@@ -12,6 +12,7 @@ use super::{
     block,
     groups::{self, Lead, Member, OPERAND, Plan, STACK},
     home,
+    strings::SlowString,
     thunks::{JUMP_HOST, Thunks, probe_jumps},
 };
 use crate::{
@@ -129,7 +130,8 @@ pub struct Emitter<'a> {
     thunks: &'a Thunks,
     stubs: Vec<Stub>,
     links: Vec<Link>,
-    marks: Vec<Mark>,
+    pub(super) marks: Vec<Mark>,
+    pub(super) slow_strings: Vec<SlowString>,
     /// Number that the region's first link will have.
     first_link: u32,
     start: u64,
@@ -162,6 +164,7 @@ impl<'a> Emitter<'a> {
             stubs: Vec::new(),
             links: Vec::new(),
             marks: Vec::new(),
+            slow_strings: Vec::new(),
             first_link,
             start: 0,
             in_block: true,
@@ -327,16 +330,27 @@ impl<'a> Emitter<'a> {
                 self.asm.bytes(&[0xc3]);
             }
             Op::ReadSelector { segment, to, size } => self.read_selector(segment, to, size),
+            Op::Repeat(what) => self.repeat(i, what),
             Op::Step => {
-                self.asm.mov_imm(T0, i.ip());
-                self.asm.mov_imm(T1, i.len() as u64);
-                self.asm.call(self.thunks.step);
-                (self.in_host, self.in_block, self.x87_loaded) = (false, true, false);
-                self.held = None;
+                self.call_step(i.ip(), i.len() as u64);
+                self.flags_are_in_block();
             }
             Op::Interpret => self.interpret(i.ip(), live_in(node)),
         }
         node.op.ends_region()
+    }
+
+    /// Calls tier 0 for one instruction.
+    pub(super) fn call_step(&mut self, ip: u64, len: u64) {
+        self.asm.mov_imm(T0, ip);
+        self.asm.mov_imm(T1, len);
+        self.asm.call(self.thunks.step);
+    }
+
+    /// After code that may have called tier 0: the flags are in the block, the x87 registers may be as well.
+    pub(super) fn flags_are_in_block(&mut self) {
+        (self.in_host, self.in_block, self.x87_loaded) = (false, true, false);
+        self.held = None;
     }
 
     /// The identity lane.
@@ -659,6 +673,9 @@ impl<'a> Emitter<'a> {
             for slow in std::mem::take(&mut self.slow_paths) {
                 self.slow(slow);
             }
+        }
+        for slow in std::mem::take(&mut self.slow_strings) {
+            self.slow_string(slow);
         }
         let mut next = 0;
         while next < self.stubs.len() {

@@ -145,9 +145,12 @@ struct Finder<'a> {
 }
 
 const RAX: usize = 0;
+const RCX: usize = 1;
 const RDX: usize = 2;
 const RSP: usize = 4;
 const RBP: usize = 5;
+const RSI: usize = 6;
+const RDI: usize = 7;
 const WORD: MemUse = MemUse { write: false, size: 8 };
 const PUSHED: MemUse = MemUse { write: true, size: 8 };
 
@@ -199,6 +202,7 @@ impl<'a> Finder<'a> {
                 self.forget(RDX);
             }
             Op::Branch { .. } => self.branches += 1,
+            Op::Repeat(_) => [RCX, RSI, RDI].into_iter().for_each(|register| self.forget(register)),
             // Another segment, another view of memory, or anything at all.
             Op::SwapGs | Op::UserAccess(_) => self.close(),
             Op::Step | Op::Interpret => {

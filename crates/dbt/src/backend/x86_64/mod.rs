@@ -11,6 +11,7 @@ pub mod emit;
 pub mod groups;
 mod in_block;
 mod operands;
+mod strings;
 pub mod thunks;
 
 use std::mem::offset_of;

@@ -170,7 +170,7 @@ impl Emitter<'_> {
 
     /// Makes T1 address the TLB's entry for the linear address in T0, and T0 the distance from its page. Gives the jump
     /// that is taken if the entry is another's, or `size` bytes leave the page.
-    fn look_up(&mut self, size: u8, write: bool) -> usize {
+    pub(super) fn look_up(&mut self, size: u8, write: bool) -> usize {
         // The index: bits 12 and up of the address, times the size of an entry.
         const SHIFT: u8 = 12 - size_of::<Entry>().trailing_zeros() as u8;
         const MASK: u32 = ((ENTRIES - 1) * size_of::<Entry>()) as u32;
@@ -277,7 +277,7 @@ fn access_of(info: &mut InstructionInfoFactory, i: &Instruction, op: u32) -> (bo
 }
 
 /// `lea dst, [base + index << scale + disp]`.
-fn lea(asm: &mut Asm, dst: u8, base: Option<u8>, index: Option<(u8, u8)>, disp: i32, wide: bool) {
+pub(super) fn lea(asm: &mut Asm, dst: u8, base: Option<u8>, index: Option<(u8, u8)>, disp: i32, wide: bool) {
     let (x, b) = (index.map_or(0, |(r, _)| r >> 3), base.map_or(0, |r| r >> 3));
     let rex = 0x40 | u8::from(wide) << 3 | (dst >> 3) << 2 | x << 1 | b;
     if rex != 0x40 {
