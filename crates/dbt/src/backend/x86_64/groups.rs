@@ -6,8 +6,8 @@
 //! a look at the TLB and without harm to the flags. What the leader found holds to the region's end: nobody takes an
 //! entry of the TLB away but between regions.
 //!
-//! A region whose end leads back to its beginning is a loop and stays in itself. In there, a leader whose address walks
-//! or stands still remembers the page that it was on, and looks at the TLB when it comes to another.
+//! A region whose end leads back to its beginning is a loop and stays in itself. In there, a leader whose address walks,
+//! stands still or lies in a small table remembers the page that it was on, and looks at the TLB when it comes to another.
 
 use iced_x86::{
     Code, Instruction, InstructionInfoFactory, InstructionInfoOptions, OpAccess, OpKind, Register,
@@ -142,6 +142,8 @@ struct Finder<'a> {
     groups: Vec<Group>,
     /// Registers to which others were added, which walk if nothing else happens to them.
     added: u16,
+    /// Roots that are one byte wide: an index of this kind stays in its table.
+    bytes: Vec<u16>,
 }
 
 const RAX: usize = 0;
@@ -157,7 +159,7 @@ const PUSHED: MemUse = MemUse { write: true, size: 8 };
 impl<'a> Finder<'a> {
     fn new(info: &'a mut InstructionInfoFactory) -> Self {
         let registers = std::array::from_fn(|n| Known { root: initial(n), distance: 0 });
-        Self { info, registers, roots: 17, branches: 0, groups: Vec::new(), added: 0 }
+        Self { info, registers, roots: 17, branches: 0, groups: Vec::new(), added: 0, bytes: Vec::new() }
     }
 
     fn node(&mut self, n: usize, node: &Node) {
@@ -280,6 +282,9 @@ impl<'a> Finder<'a> {
             }
         }
         (0..16).filter(|register| mask >> register & 1 != 0).for_each(|register| self.forget(register));
+        if matches!(i.code(), Code::Movzx_r32_rm8 | Code::Movzx_r64_rm8) {
+            self.bytes.push(self.roots - 1);
+        }
     }
 
     /// LEA.
@@ -354,7 +359,8 @@ impl<'a> Finder<'a> {
         }
     }
 
-    /// At the end of a loop: finds the groups whose addresses are made of registers that walk or stand still.
+    /// At the end of a loop: finds the groups whose addresses are made of registers that walk or stand still, or of an
+    /// index into a table.
     fn mark_walks(&mut self) {
         let goes_on = |root: u16| {
             let register = usize::from(root).wrapping_sub(1);
@@ -363,7 +369,8 @@ impl<'a> Finder<'a> {
                 || (register < 16 && self.added >> register & 1 != 0)
         };
         for group in &mut self.groups {
-            group.walks = goes_on(group.key.base) && goes_on(group.key.index);
+            let Key { base, index, .. } = group.key;
+            group.walks = goes_on(base) && (goes_on(index) || self.bytes.contains(&index));
         }
     }
 
@@ -487,6 +494,18 @@ mod tests {
         assert_eq!(plan.places[0][OPERAND], Some(Member { group: 0, at: 0, leads: alone }));
         assert_eq!(plan.places[1][OPERAND], Some(Member { group: 1, at: 0, leads: alone }));
         assert_eq!(plan.places[2][OPERAND], None, "an address that was read");
+    }
+
+    #[test]
+    fn a_table_that_a_byte_looks_up_walks() {
+        // movzx ecx, cl; xor eax, [rdi+rcx*4]; mov ecx, [rdi+rdx*4]; xor edx, ecx; dec rsi; jne
+        let code = [
+            0x0f, 0xb6, 0xc9, 0x33, 0x04, 0x8f, 0x8b, 0x0c, 0x97, 0x31, 0xca, 0x48, 0xff, 0xce, 0x75, 0xf0,
+            0xc3,
+        ];
+        let plan = plan(&code);
+        assert_eq!((plan.back, &plan.walking[..]), (Some(5), &[0][..]));
+        assert!(plan.places[1][OPERAND].is_some() && plan.places[2][OPERAND].is_none());
     }
 
     #[test]
