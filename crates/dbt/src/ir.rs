@@ -178,8 +178,28 @@ pub struct Region {
 }
 
 impl Region {
-    /// Computes which flags are live after each operation, from the end backwards.
+    /// Computes which flags are live after each operation, and at the exits of branches that lead back to the beginning.
     pub fn compute_liveness(&mut self) {
+        let mut live = 0;
+        loop {
+            self.set_live_at_start(live);
+            let found = self.live_at_start();
+            if found & !live == 0 {
+                return;
+            }
+            live |= found;
+        }
+    }
+
+    /// Says which flags are live where a branch leads back to the beginning.
+    fn set_live_at_start(&mut self, live: u32) {
+        let start = self.start;
+        let leads_back = |node: &&mut Node| matches!(node.op, Op::Branch { target, .. } if target == start);
+        self.nodes.iter_mut().filter(leads_back).for_each(|node| node.live_at_exit = live);
+    }
+
+    /// Computes which flags are live after each operation, from the end backwards, and those before the first.
+    fn live_at_start(&mut self) -> u32 {
         let mut live = self.live_at_end;
         for node in self.nodes.iter_mut().rev() {
             if node.op.ends_region() {
@@ -191,6 +211,7 @@ impl Region {
                 live |= node.live_at_exit;
             }
         }
+        live
     }
 
     /// Makes all flags live behind every way out.
@@ -201,11 +222,6 @@ impl Region {
                 node.live_at_exit = ARITH;
             }
         }
-        self.compute_liveness();
-    }
-
-    /// Flags that are read at the region's entry.
-    pub fn live_at_start(&self) -> u32 {
-        self.nodes.first().map_or(self.live_at_end, |n| (n.live_out & !n.kills) | n.reads | n.live_at_exit)
+        self.live_at_start();
     }
 }

@@ -17,7 +17,7 @@ pub const ARITH: u32 =
 /// Most instructions of a region.
 const MAX_NODES: usize = 64;
 /// How many instructions are looked at to see whether flags are read at the target of an exit.
-const LOOKAHEAD: usize = 6;
+const LOOKAHEAD: usize = 10;
 
 /// What translated code may rely on; blocks made for one value are not used under another.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -556,6 +556,22 @@ mod tests {
         let piece = Piece { start: 0x1000, bytes };
         let region = Lifter::new(Box::new(|_| true), true).lift(0x1003, piece, KERNEL).unwrap();
         assert_eq!(region.nodes[1].live_at_exit, 0);
+    }
+
+    #[test]
+    fn a_loop_knows_whether_its_beginning_reads_flags() {
+        let movs = [0x89, 0xd8].repeat(11);
+        let live = |first: &[u8], last: &[u8]| {
+            let mut code = [first, &movs, last].concat();
+            let back = -(code.len() as i8 + 2);
+            code.extend([0x75, back as u8, 0xc3]);
+            let region = lift(&code);
+            region.nodes[region.nodes.len() - 2].live_at_exit
+        };
+        // sub ecx, 1; dec ecx, which leaves CF for what comes behind the loop; adc eax, ebx
+        assert_eq!(live(&[], &[0x83, 0xe9, 0x01]), 0);
+        assert_eq!(live(&[], &[0xff, 0xc9]), RflagsBits::CF);
+        assert_eq!(live(&[0x11, 0xd8], &[0x83, 0xe9, 0x01]), RflagsBits::CF);
     }
 
     #[test]
