@@ -23,6 +23,10 @@ pub const GROUPS: usize = 16;
 /// Most bytes from the first to the last of a group. The more, the more often they lie on two pages.
 const SPAN: i64 = 128;
 
+/// Most groups of a loop that remember their pages. More of them cost more on entry than the few rounds of a large loop
+/// bring.
+const WALKERS: usize = 4;
+
 /// An access of a group.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Member {
@@ -372,6 +376,9 @@ impl<'a> Finder<'a> {
             let Key { base, index, .. } = group.key;
             group.walks = goes_on(base) && (goes_on(index) || self.bytes.contains(&index));
         }
+        if self.groups.iter().filter(|group| group.walks).count() > WALKERS {
+            self.groups.iter_mut().for_each(|group| group.walks = false);
+        }
     }
 
     fn plan(self, nodes: usize, back: Option<usize>) -> Plan {
@@ -494,6 +501,19 @@ mod tests {
         assert_eq!(plan.places[0][OPERAND], Some(Member { group: 0, at: 0, leads: alone }));
         assert_eq!(plan.places[1][OPERAND], Some(Member { group: 1, at: 0, leads: alone }));
         assert_eq!(plan.places[2][OPERAND], None, "an address that was read");
+    }
+
+    #[test]
+    fn a_loop_that_walks_in_many_places_remembers_none() {
+        let loads = |count: u8| {
+            // mov eax, [rdi+n*80h]; each in a group of its own
+            let load = |n: u8| [0x8b, 0x87].into_iter().chain((u32::from(n) * 128).to_le_bytes());
+            let mut code: Vec<u8> = (0..count).flat_map(load).collect();
+            // sub rsi, 1; jne back; ret
+            code.extend([0x48, 0x83, 0xee, 0x01, 0x75, 0u8.wrapping_sub(6 * count + 6), 0xc3]);
+            plan(&code).walking.len()
+        };
+        assert_eq!((loads(4), loads(5)), (4, 0));
     }
 
     #[test]
