@@ -9,7 +9,6 @@
 pub mod asm;
 pub mod emit;
 pub mod groups;
-mod in_block;
 mod operands;
 mod strings;
 pub mod thunks;

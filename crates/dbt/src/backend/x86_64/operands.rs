@@ -12,7 +12,7 @@ use super::{
     block,
     emit::{Emitter, Missed, SlowPath},
     groups::{Lead, Member},
-    home, in_block,
+    home,
 };
 use crate::{
     ir::MemUse,
@@ -202,8 +202,6 @@ impl Emitter<'_> {
             i.set_memory_displacement64(distance as u64);
             i.set_memory_displ_size(u32::from(distance != 0));
             i.set_segment_prefix(Register::None);
-        } else if let Some(with_memory) = in_block::with_memory(insn) {
-            i = with_memory;
         }
         let mut free: &[u8] = if mem.is_some() { &[T1] } else { &[T0, T1] };
         let mut moved: Vec<(usize, u8, bool, bool)> = Vec::new();
