@@ -346,13 +346,14 @@ impl DbtVcpu {
         Some(region)
     }
 
+    /// Translates a region. `None` if there was no room: everything has been thrown away then. Nobody has watched the
+    /// region's pages for a moment, so that it must be read anew.
     fn store(&mut self, region: &Region, source: Source, mode: CodeMode) -> Option<u32> {
-        self.blocks.translate(region, source, mode).or_else(|| {
+        let block = self.blocks.translate(region, source, mode);
+        if block.is_none() {
             self.clear_blocks();
-            self.guard_page(source.page);
-            source.second.inspect(|&page| self.guard_page(page));
-            self.blocks.translate(region, source, mode)
-        })
+        }
+        block
     }
 
     /// Sees to it that every write to the page is noticed from now on.
