@@ -119,7 +119,7 @@ impl Meeting {
         let mut looks = 0;
         while self.0.load(Ordering::SeqCst) < *count {
             looks += 1;
-            if looks % 1000 == 0 {
+            if looks % 100 == 0 {
                 std::thread::yield_now();
             }
             std::hint::spin_loop();
@@ -154,7 +154,7 @@ fn write_rounds(pair: &mut Pair, write: Write, rounds: u64, meeting: &Meeting) {
 /// `RUSE_WATCH_ROUNDS` says how often each kind of write races.
 #[test]
 fn a_write_that_races_with_a_watch_is_seen_or_noted() {
-    let rounds = std::env::var("RUSE_WATCH_ROUNDS").ok().and_then(|n| n.parse().ok()).unwrap_or(3_000);
+    let rounds = std::env::var("RUSE_WATCH_ROUNDS").ok().and_then(|n| n.parse().ok()).unwrap_or(1_000);
     for (name, write) in WRITES {
         let mut pair = Pair::new();
         pair.machine.write(SOURCE, &[0xff; LEN]);

@@ -2,6 +2,8 @@
 
 pub mod blocks;
 mod check;
+#[cfg(test)]
+mod cross_tests;
 pub mod engine;
 mod enter;
 mod fault;
