@@ -99,8 +99,9 @@ pub unsafe extern "C" fn step(cpu: u64, rip: u64, len: u64) -> u64 {
     };
     cpu.arith = cpu.rflags & rflags::ARITH | rflags::FIXED;
     cpu.exit_value = cpu.rip;
-    // What the instruction wrote may be the code behind it.
-    u64::from(done && cpu.rip == rip.wrapping_add(len) && cpu.written_code.is_empty())
+    // The code behind may have been written: by the instruction, or by another vCPU before a CPUID, which serializes.
+    let stays = cpu.written_code.is_empty() && cpu.shared().requests.load(Ordering::SeqCst) == 0;
+    u64::from(done && cpu.rip == rip.wrapping_add(len) && stays)
 }
 
 /// Tier 0 executes the instruction at `rip`, which may lead anywhere: the address of the translated code there, or 0 if
