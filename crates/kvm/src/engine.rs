@@ -10,6 +10,7 @@ use crate::{
     cpuid,
     log::LogInterface,
     open::{self, OpenError},
+    syscall_entry,
     vm::KvmVm,
 };
 
@@ -35,6 +36,12 @@ impl KvmEngine {
     pub fn with_log(self, log: LogInterface) -> Self {
         Self { log, ..self }
     }
+
+    /// Whether this host's KVM leaves SYSCALL unfinished, which the engine does for it, at the price of an exit for each
+    /// and for each page fault.
+    pub fn finishes_syscalls(&self) -> bool {
+        syscall_entry::is_unfinished(&self.kvm)
+    }
 }
 
 impl Engine for KvmEngine {
@@ -54,6 +61,7 @@ impl Engine for KvmEngine {
 
     fn create_vm(&self, ram: GuestRam, clock: Arc<Clock>) -> Result<Arc<dyn Vm>, EngineError> {
         let with_sregs2 = self.kvm.check_extension_raw(u64::from(kvm_bindings::KVM_CAP_SREGS2)) > 0;
-        Ok(Arc::new(KvmVm::new(&self.kvm, ram, clock, with_sregs2, self.log)?))
+        let finish_syscalls = self.finishes_syscalls();
+        Ok(Arc::new(KvmVm::new(&self.kvm, ram, clock, with_sregs2, self.log, finish_syscalls)?))
     }
 }

@@ -19,6 +19,8 @@ mod open;
 pub mod probe;
 mod routes;
 mod state;
+mod syscall_entry;
+mod trial;
 mod vcpu;
 mod vm;
 

@@ -4,27 +4,17 @@
 use std::{
     cell::RefCell,
     sync::{Arc, Mutex, PoisonError},
-    thread,
     time::Instant,
 };
 
-use ruse_arch::{
-    Segment, VcpuState,
-    flags::{cr0, cr4, efer, rflags},
-    state::{reg, seg},
-};
+use ruse_arch::state::reg;
 use ruse_engine::{Bus, Clock, Engine, EngineError, Halt, VcpuHandle};
-use ruse_memory::GuestRam;
 
-use crate::KvmEngine;
+use crate::{KvmEngine, trial};
 
 /// The program: `loop: dec ecx; jnz loop; out 10h, al; mov ecx, ebx; jmp loop`.
 const PROGRAM: [u8; 10] = [0xff, 0xc9, 0x75, 0xfc, 0xe6, PORT, 0x89, 0xd9, 0xeb, 0xf6];
 const PORT: u8 = 0x10;
-const CODE: u64 = 0x8000;
-const PML4: u64 = 0x1000;
-const PDPT: u64 = 0x2000;
-const PD: u64 = 0x3000;
 /// Counts of the first, short rounds, which measure the exits.
 const SHORT: u64 = 1;
 /// Rounds of that kind, with two that warm up.
@@ -70,54 +60,17 @@ impl Bus for Stopwatch {
     }
 }
 
-/// Long mode over two identity-mapped megabytes: CPUs without "unrestricted guest" emulate the modes before.
-fn state(count: u64) -> VcpuState {
-    let data = Segment { base: 0, limit: u32::MAX, attr: 0xc093, selector: 0x10 };
-    let mut state = VcpuState {
-        rip: CODE,
-        rflags: rflags::FIXED,
-        cr0: cr0::PE | cr0::PG | cr0::ET | cr0::NE,
-        cr3: PML4,
-        cr4: cr4::PAE,
-        efer: efer::LME | efer::LMA,
-        seg: [data; 6],
-        ..VcpuState::default()
-    };
-    state.seg[seg::CS] = Segment { base: 0, limit: u32::MAX, attr: 0xa09b, selector: 8 };
-    state.gpr[reg::RCX] = count;
-    state.gpr[reg::RBX] = count;
-    state
-}
-
-/// RAM with the program and its page tables: one entry each, for a large page.
-fn ram() -> Result<GuestRam, EngineError> {
-    use vm_memory::{Bytes, GuestAddress};
-    const PRESENT_WRITABLE: u64 = 3;
-    const LARGE: u64 = 1 << 7;
-    let failed =
-        |source: std::io::Error| EngineError::Host { what: "cannot make RAM for a measurement", source };
-    let ram = GuestRam::new(64 << 10).map_err(|error| failed(std::io::Error::other(error)))?;
-    let put = |at: u64, bytes: &[u8]| {
-        ram.memory()
-            .write_slice(bytes, GuestAddress(at))
-            .map_err(|error| failed(std::io::Error::other(error)))
-    };
-    put(PML4, &(PDPT | PRESENT_WRITABLE).to_le_bytes())?;
-    put(PDPT, &(PD | PRESENT_WRITABLE).to_le_bytes())?;
-    put(PD, &(LARGE | PRESENT_WRITABLE).to_le_bytes())?;
-    put(CODE, &PROGRAM)?;
-    Ok(ram)
-}
-
 /// Measures.
 pub fn measure(engine: &KvmEngine) -> Result<Speed, EngineError> {
-    let vm = engine.create_vm(ram()?, Arc::new(Clock::with_frequency(1_000_000_000)))?;
+    let vm = engine.create_vm(trial::ram(&PROGRAM)?, Arc::new(Clock::with_frequency(1_000_000_000)))?;
     let vcpu = RefCell::new(vm.create_vcpu(0, engine.supported_cpuid())?);
     // Nanoseconds of the fastest round: whatever else the host does only makes rounds longer.
     let fastest = |count: u64, rounds: usize| {
         let mut vcpu = vcpu.borrow_mut();
         let watch = Stopwatch { handle: vcpu.handle(), times: Mutex::default(), wanted: rounds };
-        vcpu.set_state(&state(count))?;
+        let mut state = trial::state(0);
+        (state.gpr[reg::RCX], state.gpr[reg::RBX]) = (count, count);
+        vcpu.set_state(&state)?;
         if vcpu.run(&watch)? != Halt::Kicked {
             return Err(EngineError::Guest("KVM does not run a loop of five instructions".into()));
         }
@@ -135,8 +88,6 @@ pub fn measure(engine: &KvmEngine) -> Result<Speed, EngineError> {
             break;
         }
     }
-    // The end of a VM waits for all CPUs of the host, which takes long beside a start: nobody has to wait for it. Where
-    // there can be no thread, it is here.
-    thread::Builder::new().spawn(move || drop((vcpu, vm))).ok();
+    trial::dispose(vcpu.into_inner(), vm);
     Ok(Speed { exits: per_second(1, exit), instructions })
 }

@@ -8,13 +8,13 @@ use std::{
 
 use kvm_bindings::{
     KVM_EXIT_DIRTY_RING_FULL, KVM_EXIT_IO_IN, KVM_INTERNAL_ERROR_EMULATION, KVM_VCPU_TSC_CTRL,
-    KVM_VCPU_TSC_OFFSET, kvm_msr_entry, kvm_run,
+    KVM_VCPU_TSC_OFFSET, kvm_debug_exit_arch, kvm_msr_entry, kvm_run,
 };
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use ruse_arch::{MpState, VcpuState, msr};
 use ruse_engine::{Bus, EngineError, Halt, Vcpu, VcpuHandle, clock::host_tsc};
 
-use crate::{clock, finish::Finisher, handle::Handle, ioctl, state, vm::Shared};
+use crate::{clock, finish::Finisher, handle::Handle, ioctl, state, syscall_entry::SyscallEntry, vm::Shared};
 
 /// A vCPU of KVM.
 pub struct KvmVcpu {
@@ -24,6 +24,8 @@ pub struct KvmVcpu {
     handle: Arc<Handle>,
     /// Made when it is first needed, which is never on most hosts.
     finisher: Option<Finisher>,
+    /// On a KVM that needs it.
+    syscall_entry: Option<SyscallEntry>,
     /// The last exit left an instruction unfinished, which the next KVM_RUN completes.
     unfinished: bool,
     counters: Counters,
@@ -55,8 +57,9 @@ impl KvmVcpu {
         let handle = Arc::new(Handle::new(id, vm.clone(), file.try_clone_to_owned().map_err(failed)?));
         vm.log.add_vcpu(&handle);
         vm.coalesced.find(&vm.fd, file).map_err(failed)?;
-        let this =
-            Self { id, fd, vm, handle, finisher: None, unfinished: false, counters: Counters::default() };
+        let syscall_entry = vm.finish_syscalls.then(SyscallEntry::default);
+        let (unfinished, counters) = Default::default();
+        let this = Self { id, fd, vm, handle, finisher: None, syscall_entry, unfinished, counters };
         this.set_tsc_offset(this.vm.clock.tsc_offset()).map_err(|source| EngineError::Host {
             what: "cannot set the guest's time-stamp counter",
             source,
@@ -145,6 +148,11 @@ impl KvmVcpu {
                     .make_room()
                     .map_err(|source| EngineError::Host { what: "KVM's dirty log", source })?;
             }
+            Ok(VcpuExit::X86Wrmsr(exit)) => {
+                let data = exit.data;
+                self.write_lstar(data)?;
+            }
+            Ok(VcpuExit::Debug(exit)) => self.stopped(&exit)?,
             Ok(VcpuExit::Shutdown) => return Ok(Next::Stop(Halt::TripleFault)),
             Ok(VcpuExit::InternalError) => return self.internal_error(bus),
             Ok(VcpuExit::FailEntry(reason, cpu)) => {
@@ -189,17 +197,43 @@ impl KvmVcpu {
         Ok(Next::Run)
     }
 
-    fn save(&self) -> Result<VcpuState, EngineError> {
-        state::save(&self.fd, &self.vm.support)
-            .map_err(|source| EngineError::Host { what: "cannot read a vCPU's state", source })
+    /// The guest writes LSTAR, which KVM tells of where its SYSCALL has to be finished.
+    fn write_lstar(&mut self, data: u64) -> Result<(), EngineError> {
+        let Some(entry) = &mut self.syscall_entry else { return Ok(()) };
+        let taken = entry
+            .write_lstar(&self.fd, &self.vm.ram, data)
+            .map_err(|source| EngineError::Host { what: "cannot set the guest's entry", source })?;
+        self.fd.get_kvm_run().__bindgen_anon_1.msr.error = u8::from(!taken);
+        self.unfinished = true;
+        Ok(())
     }
 
-    fn load(&self, state: &VcpuState) -> Result<(), EngineError> {
-        let set = || {
+    /// The vCPU has stopped at a breakpoint or after a step.
+    fn stopped(&mut self, exit: &kvm_debug_exit_arch) -> Result<(), EngineError> {
+        let Some(entry) = &mut self.syscall_entry else { return Ok(()) };
+        entry
+            .stopped(&self.fd, &self.vm.ram, exit)
+            .map_err(|source| EngineError::Host { what: "cannot finish a SYSCALL", source })
+    }
+
+    fn save(&self) -> Result<VcpuState, EngineError> {
+        let mut state = state::save(&self.fd, &self.vm.support)
+            .map_err(|source| EngineError::Host { what: "cannot read a vCPU's state", source })?;
+        if let Some(entry) = &self.syscall_entry {
+            entry.finish(&mut state);
+        }
+        Ok(state)
+    }
+
+    fn load(&mut self, state: &VcpuState) -> Result<(), EngineError> {
+        let mut set = || {
             state::load(&self.fd, &self.vm.support, state)?;
             clock::take_over(&self.vm, state);
             if state.tsc != 0 {
                 self.set_tsc_offset(state.tsc.wrapping_sub(host_tsc()))?;
+            }
+            if let Some(entry) = &mut self.syscall_entry {
+                entry.watch(&self.fd, &self.vm.ram, state.lstar)?;
             }
             Ok(())
         };
@@ -274,6 +308,7 @@ impl Vcpu for KvmVcpu {
             ("eoi_exits", c.eoi),
             ("log_exits", c.log),
             ("finished_in_tier0", self.finisher.as_ref().map_or(0, Finisher::total)),
+            ("finished_syscalls", self.syscall_entry.as_ref().map_or(0, SyscallEntry::total)),
         ]
     }
 }

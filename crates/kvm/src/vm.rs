@@ -21,6 +21,7 @@ use crate::{
     open,
     routes::{PINS, Routes, Source},
     state::Support,
+    syscall_entry,
     vcpu::KvmVcpu,
 };
 
@@ -37,6 +38,8 @@ pub struct Shared {
     pub routes: Routes,
     pub doorbells: Registered,
     pub coalesced: Coalesced,
+    /// KVM leaves SYSCALL unfinished.
+    pub finish_syscalls: bool,
 }
 
 /// A VM.
@@ -50,13 +53,14 @@ pub fn host(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> EngineError {
 }
 
 impl KvmVm {
-    /// Makes a VM over `ram`.
+    /// Makes a VM over `ram`, whose SYSCALLs KVM does not finish if `finish_syscalls`.
     pub fn new(
         kvm: &Kvm,
         ram: GuestRam,
         clock: Arc<Clock>,
         sregs2: bool,
         log: LogInterface,
+        finish_syscalls: bool,
     ) -> Result<Self, EngineError> {
         let fd = kvm
             .create_vm()
@@ -65,10 +69,11 @@ impl KvmVm {
         let mut split = kvm_enable_cap { cap: KVM_CAP_SPLIT_IRQCHIP, ..Default::default() };
         split.args[0] = PINS.into();
         fd.enable_cap(&split).map_err(host("cannot make KVM's local APICs"))?;
+        let finish_syscalls = finish_syscalls && syscall_entry::tell_of_lstar(&fd);
         let support = Support::new(kvm, sregs2).map_err(host("cannot ask KVM for its MSRs"))?;
         let log = Log::new(log.enable(&fd));
         let (routes, doorbells, coalesced) = Default::default();
-        let shared = Shared { fd, ram, clock, support, log, routes, doorbells, coalesced };
+        let shared = Shared { fd, ram, clock, support, log, routes, doorbells, coalesced, finish_syscalls };
         shared.set_slots(false)?;
         Ok(Self { shared: Arc::new(shared) })
     }

@@ -114,31 +114,32 @@ pub enum KvmReport {
     Usable {
         /// How fast.
         speed: Speed,
+        /// It leaves SYSCALL to Ruse to finish.
+        finishes_syscalls: bool,
     },
 }
 
 impl KvmReport {
     /// Tries it. Takes a millisecond or two on hardware, more on slow ones.
     pub fn collect() -> Self {
-        let speed = KvmEngine::open()
-            .map_err(|error| error.to_string())
-            .and_then(|engine| measure(&engine).map_err(|error| format!("KVM fails a trial: {error}")));
-        match speed {
-            Ok(speed) => Self::Usable { speed },
-            Err(reason) => Self::Unusable { reason },
-        }
+        let tried = KvmEngine::open().map_err(|error| error.to_string()).and_then(|engine| {
+            let speed = measure(&engine).map_err(|error| format!("KVM fails a trial: {error}"))?;
+            Ok(Self::Usable { speed, finishes_syscalls: engine.finishes_syscalls() })
+        });
+        tried.unwrap_or_else(|reason| Self::Unusable { reason })
     }
 
     /// One line for people.
     pub fn describe(&self) -> String {
         match self {
             Self::Unusable { reason } => reason.clone(),
-            Self::Usable { speed } => {
+            Self::Usable { speed, finishes_syscalls } => {
                 let kind = if speed.is_hardware() { "hardware" } else { "software, which is slow" };
+                let syscalls = if *finishes_syscalls { "; Ruse finishes its SYSCALLs" } else { "" };
                 let millions = |n: u64| n as f64 / 1e6;
                 let (instructions, exits) = (millions(speed.instructions), millions(speed.exits));
                 format!(
-                    "/dev/kvm is {kind}: {instructions:.1} million kernel-mode instructions and {exits:.2} million exits a second"
+                    "/dev/kvm is {kind}: {instructions:.1} million kernel-mode instructions and {exits:.2} million exits a second{syscalls}"
                 )
             }
         }
@@ -147,7 +148,7 @@ impl KvmReport {
     /// The engine for a host with this.
     fn choice(&self) -> Choice {
         let engine = match self {
-            Self::Usable { speed } if speed.is_hardware() => Accel::Kvm,
+            Self::Usable { speed, .. } if speed.is_hardware() => Accel::Kvm,
             _ => Accel::Dbt,
         };
         Choice { engine, reason: self.describe() }
@@ -218,7 +219,10 @@ mod tests {
 
     #[test]
     fn auto_takes_kvm_only_where_it_is_hardware() {
-        let kvm = |instructions| KvmReport::Usable { speed: Speed { exits: 100_000, instructions } };
+        let kvm = |instructions| KvmReport::Usable {
+            speed: Speed { exits: 100_000, instructions },
+            finishes_syscalls: false,
+        };
         assert_eq!(kvm(2_000_000_000).choice().engine, Accel::Kvm);
         let slow = kvm(1_500_000).choice();
         assert_eq!(slow.engine, Accel::Dbt);

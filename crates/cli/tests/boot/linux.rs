@@ -139,6 +139,27 @@ fn linux_boots_without_translation() {
     assert_eq!(ended.section("md5"), ["53d025127ae99ab79e8502aae2d9bea6  -"]);
 }
 
+/// What a KVM that emulates kernel code does without (docs/testing.md), beside the long steps.
+const FOR_SLOW_KVM: &str = "noxsave clearcpuid=cx16,smap nokaslr mitigations=off nowatchdog";
+
+#[test]
+#[ignore = "takes up to ten minutes where KVM emulates kernel code"]
+fn linux_boots_under_the_hosts_kvm() {
+    let Some(files) = guest() else { return };
+    let Some((_dir, kernel)) = elf_kernel(&files) else { return };
+    let script = run_argument("echo -- md5; seq 1 1000 | md5sum; echo -- end");
+    let cmdline =
+        format!("console=ttyS0 panic=-1 {FOR_SLOW_KVM} {WITHOUT_LONG_STEPS},blake2s_mod_init {script}");
+    let files = ["--kernel", word(&kernel), "--initrd", word(&files.initrd), "--cmdline", &cmdline];
+    let mut machine = Machine::start(&[&["--accel", "kvm"][..], &files].concat());
+    // Each is a minute or two after the one before.
+    for step in ["Memory: ", "PCI: Using configuration", "Freeing initrd memory", "Run /init", "-- md5"] {
+        machine.expect(step);
+    }
+    let ended = machine.end().with_code(0);
+    assert_eq!(ended.section("md5"), ["53d025127ae99ab79e8502aae2d9bea6  -"]);
+}
+
 #[test]
 fn the_default_guest_takes_more_words_for_its_command_line() {
     let Some(_) = guest() else { return };

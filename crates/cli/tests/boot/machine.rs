@@ -178,9 +178,12 @@ impl Machine {
     }
 }
 
+/// The translator is the engine if the words name none.
 fn spawn(words: &[&str], stdin: Stdio, stdout: Stdio) -> Child {
+    let engine: &[&str] = if words.contains(&"--accel") { &[] } else { &["--accel", "dbt"] };
     Command::new(env!("CARGO_BIN_EXE_ruse"))
-        .args(["run", "--accel", "dbt"])
+        .arg("run")
+        .args(engine)
         .args(words)
         .stdin(stdin)
         .stdout(stdout)

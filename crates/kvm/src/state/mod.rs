@@ -12,6 +12,8 @@ use kvm_bindings::kvm_msr_entry;
 use kvm_ioctls::{Kvm, VcpuFd};
 use ruse_arch::VcpuState;
 
+pub use registers::to_kvm as segment;
+
 /// What this host's KVM knows of a vCPU's state.
 pub struct Support {
     /// MSRs that can be read and written.
@@ -52,6 +54,11 @@ pub fn load(vcpu: &VcpuFd, support: &Support, state: &VcpuState) -> io::Result<(
 /// Gives the vCPU an interrupt of the 8259s; the guest must be ready for it.
 pub fn interrupt(vcpu: &VcpuFd, vector: u8) -> io::Result<()> {
     events::interrupt(vcpu, vector)
+}
+
+/// Reads MSRs that every KVM has.
+pub fn read_msrs(vcpu: &VcpuFd, indices: &[u32]) -> io::Result<Vec<u64>> {
+    Ok(msrs::read(vcpu, indices.to_vec())?.into_iter().map(|(_, value)| value).collect())
 }
 
 /// Writes one MSR.

@@ -118,7 +118,8 @@ fn unusable(s: &kvm_segment) -> u16 {
     u16::from(s.dpl) << 5
 }
 
-fn to_kvm(s: &Segment) -> kvm_segment {
+/// A segment register in KVM's form.
+pub fn to_kvm(s: &Segment) -> kvm_segment {
     let bit = |n: u16| (s.attr >> n & 1) as u8;
     kvm_segment {
         base: s.base,

@@ -262,16 +262,18 @@ const PML4: u64 = 0x1_0000;
 const PDPT: u64 = 0x1_1000;
 const GDT: u64 = 0x1_2000;
 const IDT: u64 = 0x1_3000;
-/// Page directories of the first and the fourth gigabyte.
+/// Page directories of the first, the fourth and the second gigabyte.
 const DIRECTORIES: u64 = 0x1_4000;
+/// What is mapped at zero for all is mapped here for the kernel alone.
+pub const KERNEL: u64 = 1 << 30;
 /// Selectors of the kernel's code and data.
 const KERNEL_CODE: u16 = 8;
 const KERNEL_DATA: u16 = 0x10;
 
 /// A vCPU in long mode at this privilege before [`CODE`]. The first and the fourth gigabyte are mapped to
-/// themselves;
-/// there is a GDT, and an IDT for [`put_gate`]. Ports are open to user code.
+/// themselves, two megabytes also at [`KERNEL`]; there is a GDT, and an IDT for [`put_gate`]. Ports are open to user code.
 pub fn long_mode(ram: &GuestRam, cpl: u16) -> VcpuState {
+    const PRESENT_WRITABLE: u64 = 3;
     const PRESENT_WRITABLE_USER: u64 = 7;
     const LARGE: u64 = 1 << 7;
     put(ram, PML4, &(PDPT | PRESENT_WRITABLE_USER).to_le_bytes());
@@ -282,6 +284,8 @@ pub fn long_mode(ram: &GuestRam, cpl: u16) -> VcpuState {
             put(ram, directory + 8 * page, &entry.to_le_bytes());
         }
     }
+    put(ram, PDPT + 8, &((DIRECTORIES + 0x2000) | PRESENT_WRITABLE).to_le_bytes());
+    put(ram, DIRECTORIES + 0x2000, &(LARGE | PRESENT_WRITABLE).to_le_bytes());
     put(ram, GDT + u64::from(KERNEL_CODE), &0x00af_9b00_0000_ffffu64.to_le_bytes());
     put(ram, GDT + u64::from(KERNEL_DATA), &0x00cf_9300_0000_ffffu64.to_le_bytes());
     let level = cpl << 5;
