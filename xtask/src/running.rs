@@ -63,6 +63,11 @@ impl Running {
         }
     }
 
+    /// Gives it so many seconds from now on.
+    pub fn allow(&mut self, timeout: u64) {
+        self.deadline = Instant::now() + Duration::from_secs(timeout);
+    }
+
     /// Waits for the end: how it ended, and the seconds since the start.
     pub fn wait(&mut self) -> Result<(ExitStatus, f64)> {
         let status = self.child.wait().context("waiting for its end")?;

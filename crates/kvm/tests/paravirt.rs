@@ -155,12 +155,13 @@ impl Reading {
         Self { guest, earliest, latest }
     }
 
-    /// Whether so much of the guest's time has passed since `before` as of the host's, but for a thousandth.
+    /// Whether so much of the guest's time has passed since `before` as of the host's, but for a hundredth: a host that has
+    /// just started may still be finding out how fast its counter is, which KVM's clock goes by.
     fn follows(&self, before: &Self) -> bool {
         let passed = (self.guest - before.guest) as f64 / 1e9;
         let [least, most] = [self.earliest - before.latest, self.latest - before.earliest];
         println!("FIGURE {passed:.6} s of the guest in {least:?} to {most:?}");
-        (least.as_secs_f64() * 0.999..=most.as_secs_f64() * 1.001).contains(&passed)
+        (least.as_secs_f64() * 0.99..=most.as_secs_f64() * 1.01).contains(&passed)
     }
 }
 

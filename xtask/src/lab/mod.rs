@@ -27,8 +27,8 @@ pub struct Options {
     /// Cases, separated by commas; without any, all. An unknown one lists them.
     #[arg(long = "case", value_delimiter = ',')]
     cases: Vec<String>,
-    /// Seconds that all of it may take.
-    #[arg(long, default_value_t = 1500)]
+    /// Seconds that a case may take before the lab is said to hang.
+    #[arg(long, default_value_t = 330)]
     timeout: u64,
     /// Shows all that the lab prints.
     #[arg(short, long)]
