@@ -1,6 +1,10 @@
 //! Model-specific registers.
 
-use std::io;
+use std::{
+    collections::BTreeSet,
+    io,
+    sync::{Mutex, PoisonError},
+};
 
 use kvm_bindings::{Msrs, kvm_msr_entry};
 use kvm_ioctls::VcpuFd;
@@ -97,6 +101,14 @@ pub fn load(vcpu: &VcpuFd, known: &[u32], state: &VcpuState) -> io::Result<()> {
     write(vcpu, entries.collect())
 }
 
+/// Says what KVM refuses, of each MSR once.
+fn report(index: u32, what: &str) {
+    static REPORTED: Mutex<BTreeSet<u32>> = Mutex::new(BTreeSet::new());
+    if REPORTED.lock().unwrap_or_else(PoisonError::into_inner).insert(index) {
+        tracing::info!(msr = %format_args!("{index:#x}"), "{what}; it is left out");
+    }
+}
+
 /// Reads MSRs. Those that KVM refuses are left out.
 pub fn read(vcpu: &VcpuFd, mut indices: Vec<u32>) -> io::Result<Vec<(u32, u64)>> {
     let mut found = Vec::with_capacity(indices.len());
@@ -107,7 +119,7 @@ pub fn read(vcpu: &VcpuFd, mut indices: Vec<u32>) -> io::Result<Vec<(u32, u64)>>
         let count = vcpu.get_msrs(&mut msrs)?;
         found.extend(msrs.as_slice()[..count].iter().map(|e| (e.index, e.data)));
         if let Some(index) = indices.get(count) {
-            tracing::debug!(msr = %format_args!("{index:#x}"), "KVM does not read this MSR");
+            report(*index, "KVM does not read this MSR");
         }
         indices.drain(..(count + 1).min(indices.len()));
     }
@@ -120,8 +132,7 @@ pub fn write(vcpu: &VcpuFd, mut entries: Vec<kvm_msr_entry>) -> io::Result<()> {
         let msrs = Msrs::from_entries(&entries).map_err(|_| io::ErrorKind::OutOfMemory)?;
         let count = vcpu.set_msrs(&msrs)?;
         if let Some(entry) = entries.get(count) {
-            let (msr, value) = (format_args!("{:#x}", entry.index), format_args!("{:#x}", entry.data));
-            tracing::debug!(%msr, %value, "KVM does not take this value of an MSR");
+            report(entry.index, &format!("KVM does not take {:#x} for this MSR", entry.data));
         }
         entries.drain(..(count + 1).min(entries.len()));
     }
