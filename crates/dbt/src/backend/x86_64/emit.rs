@@ -7,22 +7,19 @@ use super::{
     Home,
     asm::{
         Asm, Mem, cc,
-        host::{GUEST_RSP, RSP, T0, T1},
+        host::{GUEST_RSP, T0, T1},
     },
     block,
-    groups::{self, Lead, Member, OPERAND, Plan, STACK},
+    groups::{self, Member, OPERAND, Plan, STACK},
     home,
+    out_of_line::{SlowPath, Stub, StubKind},
     strings::SlowString,
-    thunks::{JUMP_HOST, Thunks, probe_jumps},
+    thunks::{JUMP_HOST, Thunks},
 };
 use crate::{
     frontend::x86_64::ARITH,
-    ir::{ACCESS_SIZES, MemUse, Node, Op, Region, Value},
-    mmu::tlb::Entry,
+    ir::{MemUse, Node, Op, Region, Value},
 };
-
-/// Bytes of the longest instruction (SDM volume 2, 2.3.11).
-const LONGEST: u64 = 15;
 
 /// A jump of a region to another one that can be made direct.
 #[derive(Clone, Copy, Debug)]
@@ -70,46 +67,6 @@ pub struct Code {
     pub marks: Vec<Mark>,
 }
 
-/// The part of a probe that is out of line.
-pub(super) struct SlowPath {
-    pub branch: usize,
-    pub back: u64,
-    pub missed: Missed,
-    pub guest: u16,
-}
-
-/// For what a probe was that missed.
-pub(super) enum Missed {
-    Access(MemUse),
-    Group(Lead),
-    /// The page that the group with this number remembers.
-    Page(u8, Lead),
-}
-
-/// A jump whose code is out of line.
-struct Stub {
-    /// Offset of the displacement that leads here.
-    branch: usize,
-    kind: StubKind,
-}
-
-enum StubKind {
-    /// Leave with [`super::exit::POLL`] before the guest instruction at this offset.
-    Poll(u16),
-    /// Leave to tier 0 before the guest instruction at this offset.
-    Interpret(u16),
-    /// Leave with [`super::exit::MISS`] from the guest instruction at this offset.
-    Miss(u16),
-    /// Leave to a linear address that may be linked; save the flags first.
-    Exit { target: u64, save_flags: bool },
-    /// The link with this index is not resolved.
-    Unresolved(usize),
-    /// There is no room for a return address; go on at this address.
-    NoRoom(u64),
-    /// A return leads to elsewhere than behind its call.
-    Unforeseen,
-}
-
 /// Makes the code of one region.
 pub struct Emitter<'a> {
     pub(super) asm: Asm,
@@ -122,21 +79,21 @@ pub struct Emitter<'a> {
     /// The arithmetic flags are in the host's flags.
     pub(super) in_host: bool,
     /// Groups of accesses.
-    plan: Plan,
+    pub(super) plan: Plan,
     /// Where a region that is a loop goes back to.
-    top: u64,
+    pub(super) top: u64,
     /// The node that is being made.
     node: usize,
-    thunks: &'a Thunks,
-    stubs: Vec<Stub>,
-    links: Vec<Link>,
+    pub(super) thunks: &'a Thunks,
+    pub(super) stubs: Vec<Stub>,
+    pub(super) links: Vec<Link>,
     pub(super) marks: Vec<Mark>,
     pub(super) slow_strings: Vec<SlowString>,
     /// Number that the region's first link will have.
-    first_link: u32,
-    start: u64,
+    pub(super) first_link: u32,
+    pub(super) start: u64,
     /// The arithmetic flags are in the block.
-    in_block: bool,
+    pub(super) in_block: bool,
     x87_loaded: bool,
 }
 
@@ -370,7 +327,7 @@ impl<'a> Emitter<'a> {
     }
 
     /// Puts the flags into the block if one of `live` would be lost with the host's flags.
-    fn spill_flags(&mut self, live: u32) {
+    pub(super) fn spill_flags(&mut self, live: u32) {
         if live != 0 && self.in_host && !self.in_block {
             self.asm.bytes(&[0x9c]); // pushfq
             self.asm.mem(&[], false, &[0x8f], 0, block::ARITH); // pop [arith]
@@ -379,7 +336,7 @@ impl<'a> Emitter<'a> {
     }
 
     /// Puts the flags `needed` into the host's flags. Says whether all of them are there now.
-    fn restore_flags(&mut self, needed: u32) -> bool {
+    pub(super) fn restore_flags(&mut self, needed: u32) -> bool {
         if self.in_host || needed == 0 {
             return self.in_host;
         }
@@ -574,194 +531,6 @@ impl<'a> Emitter<'a> {
         self.asm.load(T1, block::KERNEL_GS_BASE);
         self.asm.store(base, T1);
         self.asm.store(block::KERNEL_GS_BASE, T0);
-    }
-
-    fn branch(&mut self, node: &Node, condition: u8, target: u64) {
-        let complete = self.restore_flags(node.reads);
-        let branch = self.asm.jcc(condition, 0);
-        let save_flags = node.live_at_exit != 0 && !self.in_block;
-        if self.is_near(target) && !save_flags {
-            self.link(target, branch, false);
-        } else {
-            self.stubs.push(Stub { branch, kind: StubKind::Exit { target, save_flags } });
-        }
-        self.in_host &= complete;
-    }
-
-    /// The branch at the end of a loop. Nobody asks for flags at its beginning.
-    fn go_back(&mut self, node: &Node, condition: u8) {
-        let complete = self.restore_flags(node.reads);
-        let over = self.asm.jcc(condition ^ 1, 0);
-        self.asm.cmp_imm32(block::REQUESTS, 0);
-        self.asm.jcc(cc::E, self.top);
-        let branch = self.asm.jmp(0);
-        self.stubs.push(Stub { branch, kind: StubKind::Poll(0) });
-        self.asm.bind(over);
-        self.in_host &= complete;
-    }
-
-    /// Leaves to tier 0 at the linear address `at`.
-    fn interpret(&mut self, at: u64, live: u32) {
-        self.spill_flags(live);
-        self.asm.mov_imm(T0, at);
-        self.asm.jmp(self.thunks.interpret);
-    }
-
-    /// Leaves to a linear address that is known. The flags are in the block.
-    fn exit_to(&mut self, target: u64) {
-        let near = self.is_near(target);
-        if !near {
-            let generation =
-                if target >> 63 != 0 { block::KERNEL_GENERATION } else { block::USER_GENERATION };
-            // Generation 0 is never in force: the guard fails until the link is resolved.
-            self.asm.mem(&[], false, &[0x81], 7, generation);
-            self.asm.bytes(&0u32.to_le_bytes());
-            let branch = self.asm.jcc(cc::NE, 0);
-            self.stubs.push(Stub { branch, kind: StubKind::Unresolved(self.links.len()) });
-        }
-        let site = self.asm.jmp(0);
-        self.link(target, site, !near);
-    }
-
-    /// Whether the mapping under which this region runs is the target's as well. An instruction that begins near the end
-    /// of the page may depend on the next page's.
-    fn is_near(&self, target: u64) -> bool {
-        target >> 12 == self.start >> 12 && target & 0xfff <= 4096 - LONGEST
-    }
-
-    /// The displacement at `site` will lead to `target`.
-    fn link(&mut self, target: u64, site: usize, guarded: bool) {
-        self.stubs.push(Stub { branch: site, kind: StubKind::Unresolved(self.links.len()) });
-        let ahead = target > self.start.wrapping_add(self.guest_offset.into());
-        let link = Link { target, site: site as u32, unresolved: 0, guarded, plain: false, ahead };
-        self.links.push(link);
-    }
-
-    /// Sees to it that the host stack has room for one more return address.
-    fn make_room(&mut self) {
-        self.asm.mem(&[], true, &[0x3b], RSP, block::STACK_LIMIT); // cmp rsp, [limit]
-        let branch = self.asm.jcc(cc::B, 0);
-        self.stubs.push(Stub { branch, kind: StubKind::NoRoom(self.asm.here()) });
-    }
-
-    /// What comes behind a host `call`: the guest returns, to the linear address in T0. The host's `ret` is predicted, but
-    /// the guest may return to elsewhere.
-    fn returned(&mut self, expected: u64) {
-        let branch = if let Ok(short) = i32::try_from(expected as i64) {
-            self.asm.bytes(&[0x49, 0x81, 0xf8 | T0 & 7]); // cmp T0, expected
-            self.asm.bytes(&short.to_le_bytes());
-            self.asm.jcc(cc::NE, 0)
-        } else {
-            self.asm.mov_imm(T1, expected);
-            self.asm.regs(true, &[0x3b], T0, T1);
-            self.asm.jcc(cc::NE, 0)
-        };
-        self.stubs.push(Stub { branch, kind: StubKind::Unforeseen });
-        self.exit_to(expected);
-    }
-
-    /// Makes T1 address the jump cache's entry for the linear address in T0. The flags are in the block. Leaves as
-    /// `unknown` says where the cache has none: the target may not even be an address.
-    fn find_jump(&mut self, unknown: fn(u16) -> StubKind) {
-        let branch = probe_jumps(&mut self.asm);
-        self.stubs.push(Stub { branch, kind: unknown(self.guest_offset) });
-    }
-
-    /// Emits what the straight code jumps to when something is not as usual.
-    fn out_of_line(&mut self) {
-        while !self.slow_paths.is_empty() {
-            for slow in std::mem::take(&mut self.slow_paths) {
-                self.slow(slow);
-            }
-        }
-        for slow in std::mem::take(&mut self.slow_strings) {
-            self.slow_string(slow);
-        }
-        let mut next = 0;
-        while next < self.stubs.len() {
-            let Stub { branch, ref kind } = self.stubs[next];
-            next += 1;
-            match *kind {
-                StubKind::Poll(guest) => {
-                    self.asm.bind(branch);
-                    self.marks.push(Mark { host: self.asm.code.len() as u32, guest, host_flags: false });
-                    self.asm.call(self.thunks.exit_poll);
-                }
-                StubKind::Interpret(guest) => {
-                    self.asm.bind(branch);
-                    self.interpret(self.start.wrapping_add(guest.into()), 0);
-                }
-                StubKind::Miss(guest) => {
-                    self.asm.bind(branch);
-                    self.marks.push(Mark { host: self.asm.code.len() as u32, guest, host_flags: false });
-                    self.asm.call(self.thunks.exit_miss);
-                }
-                StubKind::Exit { target, save_flags } => {
-                    self.asm.bind(branch);
-                    if save_flags {
-                        self.asm.bytes(&[0x9c]);
-                        self.asm.mem(&[], false, &[0x8f], 0, block::ARITH);
-                    }
-                    self.exit_to(target);
-                }
-                StubKind::Unresolved(index) => self.unresolved(branch, index),
-                StubKind::NoRoom(back) => {
-                    self.asm.bind(branch);
-                    self.asm.call(self.thunks.forget_returns);
-                    self.asm.jmp(back);
-                }
-                StubKind::Unforeseen => {
-                    let to = self.thunks.unforeseen_return.wrapping_sub(self.asm.base + branch as u64 + 4);
-                    self.asm.code[branch..branch + 4].copy_from_slice(&(to as u32).to_le_bytes());
-                }
-            }
-        }
-    }
-
-    fn unresolved(&mut self, branch: usize, index: usize) {
-        let link = self.links[index];
-        if link.unresolved == 0 {
-            self.links[index].unresolved = self.asm.code.len() as u32;
-            self.asm.bind(branch);
-            if link.guarded {
-                self.asm.mov_imm(T0, link.target);
-                self.asm.call(self.thunks.lookup_link);
-            } else {
-                self.asm.call(self.thunks.exit_link);
-            }
-            self.asm.bytes(&(self.first_link + index as u32).to_le_bytes());
-        } else {
-            let rel = link.unresolved.wrapping_sub(branch as u32 + 4);
-            self.asm.code[branch..branch + 4].copy_from_slice(&rel.to_le_bytes());
-        }
-    }
-
-    fn slow(&mut self, slow: SlowPath) {
-        self.asm.bind(slow.branch);
-        self.marks.push(Mark { host: self.asm.code.len() as u32, guest: slow.guest, host_flags: false });
-        match slow.missed {
-            Missed::Access(mem) => {
-                let size =
-                    ACCESS_SIZES.iter().position(|&s| s == mem.size).expect("the front end knows the sizes");
-                self.asm.call(self.thunks.slow_access[size][usize::from(mem.write)]);
-                self.asm.jmp(slow.back);
-            }
-            Missed::Group(lead) => self.slow_group(&slow, lead),
-            Missed::Page(group, lead) => self.other_page(group, lead, slow),
-        }
-    }
-
-    /// A group whose bytes are not all accessible: its instructions go on in code without groups.
-    fn slow_group(&mut self, slow: &SlowPath, lead: Lead) {
-        // add T0, [T1 + tag]
-        self.asm.mem(&[], true, &[0x03], T0, Mem::At(T1, Entry::tag_offset(lead.write)));
-        self.asm.mov_imm(T1, u64::from(lead.span) | u64::from(lead.write) << 8);
-        self.asm.call(self.thunks.slow_group);
-        self.asm.regs(true, &[0x85], T0, T0); // test T0, T0
-        self.asm.jcc(cc::NE, slow.back);
-        let site = self.asm.jmp(0);
-        self.link(self.start.wrapping_add(slow.guest.into()), site, false);
-        self.links.last_mut().expect("just made").plain = true;
     }
 }
 

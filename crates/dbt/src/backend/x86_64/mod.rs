@@ -8,8 +8,10 @@
 
 pub mod asm;
 pub mod emit;
+mod exits;
 pub mod groups;
 mod operands;
+mod out_of_line;
 mod strings;
 pub mod thunks;
 

@@ -10,9 +10,10 @@ use super::{
         host::{T0, T1},
     },
     block,
-    emit::{Emitter, Missed, SlowPath},
+    emit::Emitter,
     groups::{Lead, Member},
     home,
+    out_of_line::{Missed, SlowPath},
 };
 use crate::{
     ir::MemUse,
