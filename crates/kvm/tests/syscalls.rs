@@ -222,3 +222,36 @@ fn a_user_s_single_steps_are_the_guest_s() {
         assert_eq!(told(&mut rig, &state), [1 << 14, CODE + 1], "{}", engine.name());
     }
 }
+
+#[test]
+fn system_calls_come_out_right_while_the_guest_moves() {
+    const COUNT: u32 = 1_000_000;
+    let Some(kvm) = kvm() else { return };
+    let (first, state) = machine(&kvm, |a| {
+        let mut again = a.create_label();
+        a.mov(ebx, COUNT)?;
+        a.set_label(&mut again)?;
+        a.syscall()?;
+        a.dec(ebx)?;
+        a.jnz(again)?;
+        a.inc(edi)?;
+        a.syscall()
+    });
+    // The kernel adds up where it is called from, until RDI tells that it was the last time.
+    let entry = assemble(64, KERNEL + ENTRY, |a| {
+        let mut last = a.create_label();
+        a.add(r8, rcx).unwrap();
+        a.test(edi, edi).unwrap();
+        a.jnz(last).unwrap();
+        a.sysretq().unwrap();
+        a.set_label(&mut last).unwrap();
+        end(a).unwrap();
+    });
+    first.put(ENTRY, &entry);
+    let second = Rig::over(&DbtEngine::new(DbtOptions::default()), first.ram.clone());
+    let mut moves = 0;
+    let after = move_at_random(&mut [first, second], state, |_, _| moves += 1);
+    println!("{moves} moves");
+    let (loop_return, last_return) = (CODE + 5 + 2, CODE + 5 + 2 + 2 + 2 + 2 + 2);
+    assert_eq!(after.gpr[8], u64::from(COUNT) * loop_return + last_return);
+}
