@@ -109,6 +109,6 @@ pub mod exit {
     /// As [`AT`], from an indirect jump or a return whose target the jump cache does not know. The code right before the
     /// address in `exit_aux` belongs to it.
     pub const MISS: u32 = 5;
-    /// As [`MISS`] for a return, to which the code at [`Cpu::return_site`] belongs.
+    /// As [`MISS`] for a return, to which the code at [`crate::cpu::Cpu::return_site`] belongs.
     pub const RETURN: u32 = 6;
 }
