@@ -12,10 +12,6 @@ use ruse_arch::{
 use ruse_engine::{Engine, Halt, Message, VcpuHandle, Vm};
 use support::*;
 
-/// Where handlers are.
-const HANDLERS: u64 = 0x2000;
-/// Handlers count here.
-const COUNT: u32 = 0x500;
 /// Where messages to the first vCPU go, in physical destination mode (SDM volume 3, 10.11.1).
 const FIRST: u64 = 0xfee0_0000;
 /// The local APIC's register for ends of interrupts.
@@ -23,12 +19,6 @@ const EOI: u32 = 0xfee0_00b0;
 const TRIGGER_LEVEL: u32 = 1 << 15;
 /// Long enough for a vCPU to halt.
 const A_WHILE: Duration = Duration::from_millis(30);
-
-/// Writes a number to the port that the machine remembers.
-fn say(a: &mut CodeAssembler, number: u32) {
-    a.mov(al, number).unwrap();
-    a.out(PORT, al).unwrap();
-}
 
 /// Waits with interrupts on until handlers have counted to `number`. Some hosts interrupt a guest only now and then.
 fn take_interrupts(a: &mut CodeAssembler, number: u32) {
@@ -46,16 +36,7 @@ fn real(vectors: &[u8], program: impl FnOnce(&mut CodeAssembler)) -> Option<Rig>
     let mut state = real_mode();
     state.lapic = Some(rig.enabled_lapic());
     rig.put(CODE, &assemble(16, CODE, program));
-    for &vector in vectors {
-        let at = HANDLERS + 0x10 * u64::from(vector);
-        let handler = assemble(16, at, |a| {
-            say(a, vector.into());
-            a.inc(word_ptr(COUNT)).unwrap();
-            a.iret().unwrap();
-        });
-        rig.put(at, &handler);
-        rig.put(4 * u64::from(vector), &(at as u32).to_le_bytes());
-    }
+    rig.put_handlers(vectors);
     rig.vcpu.set_state(&state).unwrap();
     Some(rig)
 }

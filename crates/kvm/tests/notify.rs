@@ -29,11 +29,6 @@ fn signal(event: &OwnedFd) {
     rustix::io::write(event, &1u64.to_ne_bytes()).unwrap();
 }
 
-fn say(a: &mut CodeAssembler, number: u32) {
-    a.mov(al, number).unwrap();
-    a.out(PORT, al).unwrap();
-}
-
 /// Runs a program in real mode; what it wrote.
 fn run_real(rig: &mut Rig, program: impl FnOnce(&mut CodeAssembler)) -> Vec<u64> {
     rig.put(CODE, &assemble(16, CODE, program));
@@ -100,24 +95,13 @@ fn doorbells_that_one_write_would_ring_are_refused() {
 
 #[test]
 fn an_eventfd_delivers_the_message_of_the_moment() {
-    const HANDLERS: u64 = 0x2000;
-    const COUNT: u32 = 0x500;
     let Some(engine) = kvm() else { return };
     let mut rig = Rig::new(&engine);
     let mut state = real_mode();
     state.lapic = Some(rig.enabled_lapic());
     // Each of a higher class, for nobody ends them (SDM volume 3, 10.8.3.1).
     let vectors = [0x40u8, 0x50, 0x60];
-    for vector in vectors {
-        let at = HANDLERS + u64::from(vector - 0x40);
-        let handler = assemble(16, at, |a| {
-            say(a, vector.into());
-            a.inc(word_ptr(COUNT)).unwrap();
-            a.iret().unwrap();
-        });
-        rig.put(at, &handler);
-        rig.put(4 * u64::from(vector), &(at as u32).to_le_bytes());
-    }
+    rig.put_handlers(&vectors);
     // Says a number, and halts until so many interrupts have come.
     let step = |a: &mut CodeAssembler, number: u32, count: u32| {
         let (mut top, mut done) = (a.create_label(), a.create_label());

@@ -32,6 +32,9 @@ pub struct Entry {
 }
 
 impl Entry {
+    /// Offset of the host address.
+    pub const HOST_OFFSET: i32 = std::mem::offset_of!(Entry, host) as i32;
+
     /// Offset of the tag of reads or writes.
     pub const fn tag_offset(write: bool) -> i32 {
         let at = if write { std::mem::offset_of!(Entry, write) } else { std::mem::offset_of!(Entry, read) };

@@ -27,6 +27,10 @@ use vm_memory::{Bytes, GuestAddress};
 
 /// Where programs begin.
 pub const CODE: u64 = 0x1000;
+/// Where handlers of interrupts are in real mode.
+pub const HANDLERS: u64 = 0x2000;
+/// They count here.
+pub const COUNT: u32 = 0x500;
 /// Where stacks end.
 pub const STACK: u64 = 0x8000;
 /// A write to this port ends a program.
@@ -176,6 +180,20 @@ impl Rig {
         put(&self.ram, at, bytes);
     }
 
+    /// Puts real-mode handlers of interrupts from [`HANDLERS`] on. Each says its vector and adds one to [`COUNT`].
+    pub fn put_handlers(&self, vectors: &[u8]) {
+        for &vector in vectors {
+            let at = HANDLERS + 0x10 * u64::from(vector);
+            let handler = assemble(16, at, |a| {
+                say(a, vector.into());
+                a.inc(word_ptr(COUNT)).unwrap();
+                a.iret().unwrap();
+            });
+            self.put(at, &handler);
+            self.put(4 * u64::from(vector), &(at as u32).to_le_bytes());
+        }
+    }
+
     /// The local APIC as the engine made it, but enabled by software (spurious-interrupt vector register, bit 8).
     pub fn enabled_lapic(&mut self) -> LapicState {
         let mut lapic = self.vcpu.state().unwrap().lapic.expect("a local APIC of the engine");
@@ -239,6 +257,12 @@ pub fn assemble(bits: u32, at: u64, program: impl FnOnce(&mut CodeAssembler)) ->
     let mut a = CodeAssembler::new(bits).unwrap();
     program(&mut a);
     a.assemble(at).unwrap()
+}
+
+/// Writes a number to the port that the machine remembers.
+pub fn say(a: &mut CodeAssembler, number: u32) {
+    a.mov(al, number).unwrap();
+    a.out(PORT, al).unwrap();
 }
 
 /// Ends a program. A vCPU leaves soon, not at once.

@@ -176,19 +176,13 @@ impl<'a> Finder<'a> {
                 self.host(insn);
             }
             Op::Address => self.address(insn),
-            Op::Push(value) => {
+            Op::Push(value) | Op::CallTo(value) => {
                 if value == Value::Mem {
                     self.operand(n, insn, WORD);
                 }
                 self.push(n);
             }
             Op::PushFlags | Op::Call { .. } => self.push(n),
-            Op::CallTo(value) => {
-                if value == Value::Mem {
-                    self.operand(n, insn, WORD);
-                }
-                self.push(n);
-            }
             Op::JumpTo(Value::Mem) => self.operand(n, insn, WORD),
             Op::Pop(register) => {
                 self.stack(n, self.registers[RSP], WORD);

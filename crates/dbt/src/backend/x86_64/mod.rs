@@ -2,8 +2,8 @@
 //!
 //! Register map: guest RAX to RDI (without RSP) and R8 to R12 live in the host registers of the same name, guest RSP in
 //! host R13; guest R13 to R15 live in the vCPU block, which GS addresses. Host R14 and R15 are scratch, host RSP is a
-//! host stack, on which calls leave where their returns lead ([`crate::backend::x86_64::emit`]). The guest's vector registers and MXCSR are in the host's when `vectors_resident` says so, its x87 registers
-//! when `x87_resident` does: regions that use them load them first.
+//! host stack, on which calls leave where their returns lead. The guest's vector registers and MXCSR are in the host's when
+//! `vectors_resident` says so, its x87 registers when `x87_resident` does: regions that use them load them first.
 //! Between regions the arithmetic flags lie in [`crate::cpu::Cpu::arith`].
 
 pub mod asm;

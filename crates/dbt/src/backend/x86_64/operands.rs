@@ -137,7 +137,7 @@ impl Emitter<'_> {
     /// Turns the linear address in T0 into the host address of `size` bytes there. Uses T1; destroys the flags.
     fn probe(&mut self, size: u8, write: bool, missed: Missed) {
         let branch = self.look_up(size, write);
-        self.asm.mem(&[], true, &[0x03], T0, Mem::At(T1, std::mem::offset_of!(Entry, host) as i32));
+        self.asm.mem(&[], true, &[0x03], T0, Mem::At(T1, Entry::HOST_OFFSET));
         self.slow_path(branch, missed);
     }
 
@@ -156,7 +156,7 @@ impl Emitter<'_> {
         self.asm.store(block::group(group), T0);
         self.asm.load(T0, Mem::At(T1, Entry::tag_offset(lead.write)));
         self.asm.store(block::group_page(group), T0);
-        self.asm.load(T0, Mem::At(T1, std::mem::offset_of!(Entry, host) as i32));
+        self.asm.load(T0, Mem::At(T1, Entry::HOST_OFFSET));
         self.asm.store(block::group_host(group), T0);
         self.asm.mem(&[], true, &[0x03], T0, block::group(group));
         self.asm.jmp(slow.back);

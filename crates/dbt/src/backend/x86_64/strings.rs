@@ -73,7 +73,7 @@ impl Emitter<'_> {
     fn elements(&mut self, pointer: u8, write: bool, size: u8) -> [usize; 2] {
         self.asm.mov(T0, pointer);
         let missed = self.look_up(1, write);
-        self.asm.mem(&[], true, &[0x03], T0, Mem::At(T1, std::mem::offset_of!(Entry, host) as i32));
+        self.asm.mem(&[], true, &[0x03], T0, Mem::At(T1, Entry::HOST_OFFSET));
         self.asm.regs(false, &[0x8b], T1, pointer); // mov T1d, pointer
         self.asm.bytes(&[0x41, 0x81, 0xe0 | T1 & 7]); // and T1d, PAGE - 1
         self.asm.bytes(&(PAGE - 1).to_le_bytes());
