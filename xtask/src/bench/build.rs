@@ -62,10 +62,10 @@ pub fn ruse() -> Result<PathBuf> {
         .status()
         .context("running cargo")?;
     ensure!(status.success(), "ruse does not build");
-    Ok(executables()?.join("ruse"))
+    Ok(executables()?.join("../release/ruse"))
 }
 
-/// The directory of this program, `target/release`, where `ruse` is built as well.
+/// The directory of this program: that of a profile, beside `release`.
 fn executables() -> Result<PathBuf> {
     let this = env::current_exe().context("finding this program")?;
     Ok(this.parent().context("finding this program's directory")?.to_owned())

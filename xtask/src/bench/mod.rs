@@ -1,16 +1,18 @@
 //! The benchmark: one static program, natively and in a guest under each peer, interleaved.
 
 mod build;
+mod floor;
 mod report;
 mod run;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use clap::{Args, ValueEnum};
 
 pub use build::{Materials, ruse};
+use floor::Floors;
 pub use report::{cell, median};
 use run::{CaseTime, Job, Outcome};
 pub use run::{GUEST_RAM, QEMU, qemu_is_here};
@@ -49,6 +51,12 @@ pub struct Options {
     /// Writes all figures to this file as well.
     #[arg(long)]
     json: Option<PathBuf>,
+    /// Fails where the ratio of QEMU's time to Ruse's is below the one in this file.
+    #[arg(long, value_name = "FILE", conflicts_with = "record_floors")]
+    floors: Option<PathBuf>,
+    /// Writes such a file from the figures of this run.
+    #[arg(long, value_name = "FILE")]
+    record_floors: Option<PathBuf>,
 }
 
 /// Who runs the program.
@@ -103,6 +111,10 @@ pub struct Measured {
 
 /// Runs the benchmark and prints its report.
 pub fn run(options: &Options) -> Result<()> {
+    if options.floors.is_some() && !qemu_is_here() {
+        println!("skipped: there is no {QEMU} to compare with (Debian has it in qemu-system-x86)");
+        return Ok(());
+    }
     let materials = Materials::prepare(options.kernel.as_deref())?;
     let cases = choose_cases(&materials.list_cases()?, options)?;
     let peers = present_peers(options)?;
@@ -110,24 +122,65 @@ pub fn run(options: &Options) -> Result<()> {
     let mut measured =
         Measured { cases, peers: peers.iter().map(|&peer| (peer, Figures::default())).collect() };
     for round in 1..=options.rounds {
-        for &peer in &peers {
-            eprintln!("round {round} of {}: {}", options.rounds, peer.name());
-            let figures = measured.peers.get_mut(&peer).expect("every present peer has figures");
-            one_round(&job, peer, figures).with_context(|| format!("running {}", peer.name()))?;
-        }
+        eprintln!("round {round} of {}", options.rounds);
+        one_round(&job, &mut measured)?;
     }
     report::print(&measured, options);
     if let Some(path) = &options.json {
         let text = serde_json::to_string_pretty(&report::json(&measured, options))?;
         std::fs::write(path, text + "\n").with_context(|| format!("writing {}", path.display()))?;
     }
-    match report::wrong_checks(&measured) {
-        wrong if wrong.is_empty() => Ok(()),
-        wrong => bail!("results differ between peers: {}", wrong.join(", ")),
+    let wrong = report::wrong_checks(&measured);
+    ensure!(wrong.is_empty(), "results differ between peers: {}", wrong.join(", "));
+    if let Some(path) = &options.record_floors {
+        Floors::record(&measured, path)?;
+    }
+    match &options.floors {
+        Some(path) => hold_to(&Floors::read(path)?, measured, options, &materials),
+        None => Ok(()),
     }
 }
 
-fn one_round(job: &Job, peer: Peer, figures: &mut Figures) -> Result<()> {
+/// Fails if something is slower than it may be, twice.
+fn hold_to(floors: &Floors, mut measured: Measured, options: &Options, materials: &Materials) -> Result<()> {
+    let missing = floors.missing(&measured);
+    ensure!(missing.is_empty(), "no floor is recorded for {}", missing.join(", "));
+    let below = floors.below(&measured);
+    if below.is_empty() {
+        println!("\nnothing is below its floor");
+        return Ok(());
+    }
+    print_below("below the floor, so that it runs once more", &below);
+    // A mean may be too low without any of its cases.
+    let slow = |(_, name): &&(String, String)| below.iter().any(|below| below.name() == name);
+    let mut again: Vec<_> = measured.cases.iter().filter(slow).cloned().collect();
+    if again.is_empty() {
+        again.clone_from(&measured.cases);
+    }
+    one_round(&Job::new(options, materials, &again)?, &mut measured)?;
+    let below = floors.below(&measured);
+    if below.is_empty() {
+        return Ok(());
+    }
+    print_below(&format!("below the floor (recorded with {})", floors.qemu()), &below);
+    bail!("{} of the ratios to QEMU's time are below their floor", below.len())
+}
+
+fn print_below(heading: &str, below: &[floor::Below]) {
+    println!("\n{heading}:");
+    below.iter().for_each(|below| println!("  {below}"));
+}
+
+/// Runs every peer once.
+fn one_round(job: &Job, measured: &mut Measured) -> Result<()> {
+    for (&peer, figures) in &mut measured.peers {
+        eprintln!("{}", peer.name());
+        one_run(job, peer, figures).with_context(|| format!("running {}", peer.name()))?;
+    }
+    Ok(())
+}
+
+fn one_run(job: &Job, peer: Peer, figures: &mut Figures) -> Result<()> {
     if peer != Peer::Native {
         figures.boots.push(job.boot(peer)?);
     }

@@ -18,7 +18,8 @@ pub fn median(values: impl IntoIterator<Item = f64>) -> Option<f64> {
     }
 }
 
-fn geometric_mean(values: &[f64]) -> Option<f64> {
+/// The geometric mean, of some values.
+pub fn geometric_mean(values: &[f64]) -> Option<f64> {
     let sum: f64 = values.iter().map(|value| value.ln()).sum();
     (!values.is_empty()).then(|| (sum / values.len() as f64).exp())
 }
@@ -42,7 +43,8 @@ impl Measured {
         geometric_mean(&ratios)
     }
 
-    fn groups(&self) -> Vec<&str> {
+    /// The groups of the cases.
+    pub fn groups(&self) -> Vec<&str> {
         let mut groups: Vec<&str> = self.cases.iter().map(|(group, _)| group.as_str()).collect();
         groups.dedup();
         groups

@@ -22,6 +22,12 @@ pub fn qemu_is_here() -> bool {
     Command::new(QEMU).arg("--version").stdout(Stdio::null()).status().is_ok_and(|status| status.success())
 }
 
+/// The first line of what QEMU says of its version.
+pub fn qemu_version() -> String {
+    let output = Command::new(QEMU).arg("--version").output().map(|output| output.stdout).unwrap_or_default();
+    String::from_utf8_lossy(&output).lines().next().unwrap_or_default().to_owned()
+}
+
 /// What every run has in common.
 pub struct Job<'a> {
     options: &'a Options,
