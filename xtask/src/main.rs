@@ -1,8 +1,9 @@
-//! Chores of the project: `cargo xtask bench`, `fuzz`, `lab` and `monitors`.
+//! Chores of the project: `cargo xtask bench`, `fuzz`, `lab`, `loads` and `monitors`.
 
 mod bench;
 mod fuzz;
 mod lab;
+mod loads;
 mod monitors;
 mod resident;
 mod running;
@@ -29,6 +30,8 @@ enum Chore {
     Fuzz(fuzz::Options),
     /// Runs tests of the KVM engine on hardware virtualization that QEMU emulates.
     Lab(lab::Options),
+    /// Runs programs of Debian's packages natively and in guests, and compares what they write and their times.
+    Loads(loads::Options),
     /// Compares Ruse over /dev/kvm with other monitors: start, exits, memory, boot.
     Monitors(monitors::Options),
 }
@@ -38,6 +41,7 @@ fn main() -> ExitCode {
         Chore::Bench(options) => bench::run(&options),
         Chore::Fuzz(options) => fuzz::run(&options),
         Chore::Lab(options) => lab::run(&options),
+        Chore::Loads(options) => loads::run(&options),
         Chore::Monitors(options) => monitors::run(&options),
     };
     match done {

@@ -15,7 +15,7 @@ pub use build::{Materials, ruse};
 use floor::Floors;
 pub use report::{cell, median};
 use run::{CaseTime, Job, Outcome};
-pub use run::{GUEST_RAM, QEMU, qemu_is_here};
+pub use run::{GUEST_RAM, Guest, QEMU, qemu_is_here};
 
 /// What to run, and how often.
 #[derive(Args)]
@@ -117,7 +117,7 @@ pub fn run(options: &Options) -> Result<()> {
     }
     let materials = Materials::prepare(options.kernel.as_deref())?;
     let cases = choose_cases(&materials.list_cases()?, options)?;
-    let peers = present_peers(options)?;
+    let peers = present_peers(&options.peers)?;
     let job = Job::new(options, &materials, &cases)?;
     let mut measured =
         Measured { cases, peers: peers.iter().map(|&peer| (peer, Figures::default())).collect() };
@@ -125,13 +125,7 @@ pub fn run(options: &Options) -> Result<()> {
         eprintln!("round {round} of {}", options.rounds);
         one_round(&job, &mut measured)?;
     }
-    report::print(&measured, options);
-    if let Some(path) = &options.json {
-        let text = serde_json::to_string_pretty(&report::json(&measured, options))?;
-        std::fs::write(path, text + "\n").with_context(|| format!("writing {}", path.display()))?;
-    }
-    let wrong = report::wrong_checks(&measured);
-    ensure!(wrong.is_empty(), "results differ between peers: {}", wrong.join(", "));
+    measured.report(options.rounds, options.cpus, options.json.as_deref())?;
     if let Some(path) = &options.record_floors {
         Floors::record(&measured, path)?;
     }
@@ -227,8 +221,8 @@ fn names(cases: &[(String, String)]) -> Vec<String> {
 }
 
 /// The peers that this machine has. Without QEMU the others are still measured.
-fn present_peers(options: &Options) -> Result<Vec<Peer>> {
-    let mut peers = options.peers.clone();
+pub fn present_peers(wanted: &[Peer]) -> Result<Vec<Peer>> {
+    let mut peers = wanted.to_vec();
     if peers.contains(&Peer::Qemu) && !qemu_is_here() {
         eprintln!("{} is not on this machine: left out (Debian has it in qemu-system-x86)", QEMU);
         peers.retain(|&peer| peer != Peer::Qemu);

@@ -1,10 +1,13 @@
 //! What was measured, for people and as JSON: medians, ratios, geometric means.
 
 use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
 
+use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
-use super::{Figures, Measured, Options, Peer};
+use super::{Figures, Measured, Peer};
 
 /// The middle value, or the mean of the two middle ones.
 pub fn median(values: impl IntoIterator<Item = f64>) -> Option<f64> {
@@ -25,6 +28,18 @@ pub fn geometric_mean(values: &[f64]) -> Option<f64> {
 }
 
 impl Measured {
+    /// Prints everything, writes it to a file as well if there is one, and fails if results differ between peers.
+    pub fn report(&self, rounds: u32, cpus: u32, json_file: Option<&Path>) -> Result<()> {
+        print(self, rounds, cpus);
+        if let Some(path) = json_file {
+            let text = serde_json::to_string_pretty(&json(self, rounds, cpus))?;
+            fs::write(path, text + "\n").with_context(|| format!("writing {}", path.display()))?;
+        }
+        let wrong = wrong_checks(self);
+        ensure!(wrong.is_empty(), "results differ between peers: {}", wrong.join(", "));
+        Ok(())
+    }
+
     fn seconds(&self, peer: Peer, case: &str) -> Option<f64> {
         median(self.peers.get(&peer)?.cases.get(case)?.seconds.iter().copied())
     }
@@ -60,12 +75,8 @@ const RATIOS: [(Peer, Peer, &str); 3] = [
     (Peer::Qemu, Peer::Ruse, "qemu/ruse"),
 ];
 
-/// Prints the report.
-pub fn print(measured: &Measured, options: &Options) {
-    println!(
-        "medians of {} rounds, {} CPU; a ratio is how many times as long the first takes",
-        options.rounds, options.cpus
-    );
+fn print(measured: &Measured, rounds: u32, cpus: u32) {
+    println!("medians of {rounds} rounds, {cpus} CPU; a ratio is how many times as long the first takes");
     if !measured.cases.is_empty() {
         print_cases(measured);
     }
@@ -73,13 +84,13 @@ pub fn print(measured: &Measured, options: &Options) {
 }
 
 fn print_cases(measured: &Measured) {
-    print!("\n{:<6}{:<10}", "group", "case");
+    print!("\n{:<10}{:<18}", "group", "case");
     for peer in PEERS {
         print!("{:>12}", format!("{} s", peer.name()));
     }
     println!("{}", RATIOS.map(|(_, _, heading)| format!("{heading:>13}")).concat());
     for (group, name) in &measured.cases {
-        print!("{group:<6}{name:<10}");
+        print!("{group:<10}{name:<18}");
         for peer in PEERS {
             print!("{:>12}", cell(measured.seconds(peer, name), 4));
         }
@@ -88,7 +99,7 @@ fn print_cases(measured: &Measured) {
     println!("\ngeometric means");
     let groups = measured.groups().into_iter().map(Some).chain([None]);
     for group in groups {
-        print!("{:<52}", group.unwrap_or("all"));
+        print!("{:<64}", group.unwrap_or("all"));
         println!("{}", ratio_cells(|slow, fast| measured.mean_ratio(slow, fast, group)));
     }
 }
@@ -114,7 +125,7 @@ pub fn cell(value: Option<f64>, digits: usize) -> String {
 }
 
 /// The cases whose result is not the same under all peers that ran them.
-pub fn wrong_checks(measured: &Measured) -> Vec<String> {
+fn wrong_checks(measured: &Measured) -> Vec<String> {
     let mut first: BTreeMap<&str, (Peer, &str)> = BTreeMap::new();
     let mut wrong = Vec::new();
     for (&peer, figures) in &measured.peers {
@@ -129,7 +140,7 @@ pub fn wrong_checks(measured: &Measured) -> Vec<String> {
 }
 
 /// Everything as JSON.
-pub fn json(measured: &Measured, options: &Options) -> Value {
+fn json(measured: &Measured, rounds: u32, cpus: u32) -> Value {
     let peers: serde_json::Map<String, Value> =
         measured.peers.iter().map(|(peer, figures)| (peer.name().to_owned(), peer_json(figures))).collect();
     let groups = measured.groups().into_iter().map(Some).chain([None]);
@@ -142,7 +153,7 @@ pub fn json(measured: &Measured, options: &Options) -> Value {
         .collect();
     let cases: Vec<Value> =
         measured.cases.iter().map(|(group, name)| json!({ "group": group, "name": name })).collect();
-    json!({ "rounds": options.rounds, "cpus": options.cpus, "cases": cases, "peers": peers, "geometric_means": means })
+    json!({ "rounds": rounds, "cpus": cpus, "cases": cases, "peers": peers, "geometric_means": means })
 }
 
 fn peer_json(figures: &Figures) -> Value {

@@ -1,6 +1,6 @@
 //! One run of one peer: the process, what it prints and when.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::thread;
 use std::time::Duration;
@@ -124,40 +124,54 @@ impl<'a> Job<'a> {
     }
 
     fn command(&self, peer: Peer, what: &str) -> Command {
-        let line = format!("console=ttyS0 panic=-1 quiet {what}");
-        let cpus = self.options.cpus.to_string();
         let Materials { program, initrd, kernel } = self.materials;
+        let line = format!("console=ttyS0 panic=-1 quiet {what}");
+        let guest = Guest { kernel, initrd, line, mebibytes: 1024, cpus: self.options.cpus };
         match peer {
             Peer::Native => {
                 let mut command = Command::new(program);
                 command.args(&self.cases);
                 command
             }
-            Peer::Qemu => {
-                let mut command = Command::new(QEMU);
-                command.args(["-nodefaults", "-display", "none", "-serial", "stdio", "-no-reboot"]);
-                command.args(["-M", &self.options.qemu_machine, "-accel", "tcg", "-cpu", "max"]);
-                command.args(["-m", "1024", "-smp", &cpus, "-append", &line]);
-                command.arg("-kernel").arg(kernel).arg("-initrd").arg(initrd);
-                command
-            }
-            Peer::Ruse => {
-                let mut command = Command::new(&self.ruse);
-                command.args([
-                    "run",
-                    "--accel",
-                    "dbt",
-                    "--memory",
-                    "1G",
-                    "--cpus",
-                    &cpus,
-                    "--cmdline",
-                    &line,
-                ]);
-                command.arg("--kernel").arg(kernel).arg("--initrd").arg(initrd).args(&self.options.ruse_args);
-                command
-            }
+            Peer::Qemu => guest.under_qemu(&self.options.qemu_machine),
+            Peer::Ruse => guest.under_ruse(&self.ruse, &self.options.ruse_args),
         }
+    }
+}
+
+/// A guest that every peer can run.
+pub struct Guest<'a> {
+    /// The kernel.
+    pub kernel: &'a Path,
+    /// The initramfs.
+    pub initrd: &'a Path,
+    /// The kernel's command line.
+    pub line: String,
+    /// The size of its RAM.
+    pub mebibytes: u32,
+    /// The number of its CPUs.
+    pub cpus: u32,
+}
+
+impl Guest<'_> {
+    /// Under QEMU's translator, as a machine of this type.
+    pub fn under_qemu(&self, machine: &str) -> Command {
+        let mut command = Command::new(QEMU);
+        command.args(["-nodefaults", "-display", "none", "-serial", "stdio", "-no-reboot"]);
+        command.args(["-M", machine, "-accel", "tcg", "-cpu", "max"]);
+        command.args(["-m", &self.mebibytes.to_string(), "-smp", &self.cpus.to_string()]);
+        command.args(["-append", &self.line]);
+        command.arg("-kernel").arg(self.kernel).arg("-initrd").arg(self.initrd);
+        command
+    }
+
+    /// Under this `ruse`, with more arguments.
+    pub fn under_ruse(&self, ruse: &Path, arguments: &[String]) -> Command {
+        let mut command = Command::new(ruse);
+        command.args(["run", "--accel", "dbt", "--memory", &format!("{}M", self.mebibytes)]);
+        command.args(["--cpus", &self.cpus.to_string(), "--cmdline", &self.line]);
+        command.arg("--kernel").arg(self.kernel).arg("--initrd").arg(self.initrd).args(arguments);
+        command
     }
 }
 
