@@ -131,7 +131,7 @@ pub struct Cpu {
     pub x87_resident: u32,
     /// The vector registers and MXCSR are in the host's registers, not in `fpu`; only while translated code runs.
     pub vectors_resident: u32,
-    /// An interrupt waits on the bus that IF holds back: generated code leaves when it sets IF.
+    /// An interrupt waits on the bus that IF holds back: generated code leaves STI to tier 0.
     pub irq_waiting: u32,
     /// Why generated code was left (a number of the back end).
     pub exit_reason: u32,

@@ -31,6 +31,17 @@ pub enum Value {
     Mem,
 }
 
+/// A move between the base of a segment and a general register.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Base {
+    /// FS or GS.
+    pub segment: u8,
+    /// General register.
+    pub register: u8,
+    /// 64 bits; else 32, the others zero.
+    pub wide: bool,
+}
+
 /// A repeated string instruction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Repeat {
@@ -61,12 +72,30 @@ pub enum Op {
     SwapGs,
     /// Clears IF.
     DisableInterrupts,
-    /// Sets IF; interrupts stay blocked for one more instruction.
+    /// Sets IF. Never a region's last operation, for interrupts stay blocked for one more instruction.
     EnableInterrupts,
+    /// Clears DF.
+    ClearDirection,
     /// Sets or clears AC, which opens or closes user pages to the kernel (STAC, CLAC).
     UserAccess(bool),
     /// Reads the time-stamp counter.
-    TimeStamp,
+    TimeStamp {
+        /// IA32_TSC_AUX as well (RDTSCP).
+        aux: bool,
+    },
+    /// BT and its kin on memory, with a bit offset in a register that reaches beyond the operand.
+    BitString(MemUse),
+    /// Reads the base of FS or GS.
+    ReadBase(Base),
+    /// Sets the base of FS or GS.
+    WriteBase(Base),
+    /// Reads CR0, CR2, CR3 or CR4 into a general register.
+    ReadControl {
+        /// Number of the control register.
+        control: u8,
+        /// General register.
+        to: u8,
+    },
     /// Leaves to `target` if the condition holds.
     Branch {
         /// Condition on the flags.
@@ -127,7 +156,10 @@ impl Op {
             | Op::DisableInterrupts
             | Op::EnableInterrupts
             | Op::UserAccess(_)
-            | Op::TimeStamp
+            | Op::ClearDirection
+            | Op::TimeStamp { .. }
+            | Op::BitString(_)
+            | Op::WriteBase(_)
             | Op::Repeat(_)
             | Op::Step
             | Op::Call { .. }
@@ -173,8 +205,6 @@ pub struct Region {
     pub nodes: Vec<Node>,
     /// Flags that are read at the fall-through after the last operation.
     pub live_at_end: u32,
-    /// Interrupts may be taken after the region's first operation (the one before was STI at its end).
-    pub after_sti: bool,
 }
 
 impl Region {

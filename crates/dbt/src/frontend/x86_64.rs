@@ -5,8 +5,10 @@ use iced_x86::{
     Mnemonic, OpAccess, OpKind, Register, RflagsBits,
 };
 
+use ruse_arch::state::seg;
+
 use crate::{
-    ir::{ACCESS_SIZES, MemUse, Node, Op, Region, Repeat, Value},
+    ir::{ACCESS_SIZES, Base, MemUse, Node, Op, Region, Repeat, Value},
     tier0::operand::{gpr_index, segment_index},
 };
 
@@ -32,6 +34,8 @@ pub struct CodeMode {
     pub avx: bool,
     /// RDTSC does not fault, and reads the host's counter plus an offset.
     pub tsc: bool,
+    /// The instructions for the bases of FS and GS do not fault.
+    pub bases: bool,
     /// Each access is served by itself: for code whose groups of accesses fail.
     pub plain: bool,
 }
@@ -44,7 +48,8 @@ impl CodeMode {
             | u32::from(self.sse) << 2
             | u32::from(self.avx) << 3
             | u32::from(self.tsc) << 4
-            | u32::from(self.plain) << 5
+            | u32::from(self.bases) << 5
+            | u32::from(self.plain) << 6
     }
 }
 
@@ -94,7 +99,6 @@ impl Lifter {
         let mut decoder = Decoder::with_ip(64, piece.from(start)?, start, DecoderOptions::NONE);
         let mut nodes: Vec<Node> = Vec::with_capacity(16);
         let mut end = start;
-        let mut after_sti = false;
         while nodes.len() < most && decoder.can_decode() {
             let insn = decoder.decode();
             if insn.is_invalid() && decoder.last_error() == iced_x86::DecoderError::NoMoreBytes {
@@ -105,17 +109,16 @@ impl Lifter {
             end = insn.next_ip();
             let op = node.op;
             nodes.push(node);
-            if op.ends_region() || after_sti {
+            if op.ends_region() {
                 break;
             }
-            after_sti = op == Op::EnableInterrupts;
         }
         if nodes.is_empty() {
             return None;
         }
-        leave_sti_to_tier0(&mut nodes);
+        leave_last_sti_to_tier0(&mut nodes);
         let live_at_end = flags_read_at(end, piece);
-        let mut region = Region { start, end, nodes, live_at_end, after_sti };
+        let mut region = Region { start, end, nodes, live_at_end };
         region.compute_liveness();
         Some(region)
     }
@@ -191,14 +194,10 @@ impl Lifter {
     }
 }
 
-/// STI blocks interrupts for one more instruction. Where that one leaves the region, tier 0 looks after both.
-fn leave_sti_to_tier0(nodes: &mut Vec<Node>) {
-    let Some(at) = nodes.iter().position(|n| n.op == Op::EnableInterrupts) else { return };
-    let simple =
-        |n: &Node| matches!(n.op, Op::Nop | Op::Host(_) | Op::Address | Op::Push(_) | Op::Pop(_) | Op::Leave);
-    if !nodes.get(at + 1).is_some_and(simple) {
-        nodes.truncate(at + 1);
-        let sti = &mut nodes[at];
+/// STI blocks interrupts for one more instruction, which has to be in the same region: interrupts are taken between
+/// regions.
+fn leave_last_sti_to_tier0(nodes: &mut [Node]) {
+    if let Some(sti) = nodes.last_mut().filter(|node| node.op == Op::EnableInterrupts) {
         (sti.op, sti.reads, sti.live_at_exit) = (Op::Interpret, ARITH, ARITH);
     }
 }
@@ -229,7 +228,9 @@ fn special(i: &Instruction, mode: CodeMode) -> Option<Op> {
         Code::Sti if mode.kernel => Op::EnableInterrupts,
         Code::Stac if mode.kernel => Op::UserAccess(true),
         Code::Clac if mode.kernel => Op::UserAccess(false),
-        Code::Rdtsc if mode.tsc => Op::TimeStamp,
+        Code::Cld => Op::ClearDirection,
+        Code::Rdtsc if mode.tsc => Op::TimeStamp { aux: false },
+        Code::Rdtscp if mode.tsc => Op::TimeStamp { aux: true },
         Code::Swapgs if mode.kernel => Op::SwapGs,
         Code::Mov_r32m16_Sreg | Code::Mov_r64m16_Sreg | Code::Mov_rm16_Sreg
             if i.op0_kind() == OpKind::Register =>
@@ -240,12 +241,51 @@ fn special(i: &Instruction, mode: CodeMode) -> Option<Op> {
                 size: i.op0_register().size() as u8,
             }
         }
+        Code::Bt_rm32_r32
+        | Code::Bts_rm32_r32
+        | Code::Btr_rm32_r32
+        | Code::Btc_rm32_r32
+        | Code::Bt_rm64_r64
+        | Code::Bts_rm64_r64
+        | Code::Btr_rm64_r64
+        | Code::Btc_rm64_r64 => bit_string(i)?,
+        Code::Rdfsbase_r32 | Code::Rdfsbase_r64 if mode.bases => Op::ReadBase(base(i, seg::FS)?),
+        Code::Rdgsbase_r32 | Code::Rdgsbase_r64 if mode.bases => Op::ReadBase(base(i, seg::GS)?),
+        Code::Wrfsbase_r32 | Code::Wrfsbase_r64 if mode.bases => Op::WriteBase(base(i, seg::FS)?),
+        Code::Wrgsbase_r32 | Code::Wrgsbase_r64 if mode.bases => Op::WriteBase(base(i, seg::GS)?),
+        Code::Mov_r64_cr if mode.kernel => read_control(i)?,
         Code::Lea_r64_m | Code::Lea_r32_m => Op::Address,
         Code::Lea_r16_m => Op::Interpret,
         Code::Endbr64 | Code::Nopd | Code::Nopw | Code::Nopq => Op::Nop,
         Code::Nop_rm16 | Code::Nop_rm32 | Code::Nop_rm64 => Op::Nop,
         _ => return None,
     })
+}
+
+/// A bit test of memory by a register, with 64-bit addresses.
+fn bit_string(i: &Instruction) -> Option<Op> {
+    let narrow =
+        i.memory_base().is_gpr32() || i.memory_index().is_gpr32() || i.memory_base() == Register::EIP;
+    let plain = is_bit_string(i) && !narrow && !i.has_xacquire_prefix() && !i.has_xrelease_prefix();
+    plain.then(|| {
+        Op::BitString(MemUse { write: i.mnemonic() != Mnemonic::Bt, size: i.op1_register().size() as u8 })
+    })
+}
+
+fn base(i: &Instruction, segment: usize) -> Option<Base> {
+    let register = i.op0_register();
+    Some(Base { segment: segment as u8, register: gpr_index(register)? as u8, wide: register.is_gpr64() })
+}
+
+fn read_control(i: &Instruction) -> Option<Op> {
+    let control = match i.op1_register() {
+        Register::CR0 => 0,
+        Register::CR2 => 2,
+        Register::CR3 => 3,
+        Register::CR4 => 4,
+        _ => return None,
+    };
+    Some(Op::ReadControl { control, to: gpr_index(i.op0_register())? as u8 })
 }
 
 /// A bit test whose register operand reaches beyond the memory operand.
@@ -533,7 +573,7 @@ mod tests {
     use super::*;
 
     const KERNEL: CodeMode =
-        CodeMode { kernel: true, x87: true, sse: true, avx: true, tsc: true, plain: false };
+        CodeMode { kernel: true, x87: true, sse: true, avx: true, tsc: true, bases: true, plain: false };
 
     fn lift(code: &[u8]) -> Region {
         Lifter::new(Box::new(|_| true), true)
@@ -584,13 +624,13 @@ mod tests {
     #[test]
     fn dangerous_instructions_are_left_to_tier_0() {
         let codes: [(&[u8], Op); 7] = [
-            (&[0x0f, 0xa2], Op::Step),                   // cpuid
-            (&[0x0f, 0x01, 0xc1], Op::Interpret),        // vmcall
-            (&[0xf3, 0x48, 0x0f, 0xae, 0xd8], Op::Step), // wrgsbase rax
-            (&[0x0f, 0x05], Op::Interpret),              // syscall
-            (&[0xf3, 0xa6], Op::Step),                   // rep cmpsb
-            (&[0x8e, 0xe8], Op::Interpret),              // mov gs, eax
-            (&[0x0f, 0x22, 0xd8], Op::Interpret),        // mov cr3, rax
+            (&[0x0f, 0xa2], Op::Step),            // cpuid
+            (&[0x0f, 0x01, 0xc1], Op::Interpret), // vmcall
+            (&[0x0f, 0xc7, 0xf0], Op::Step),      // rdrand eax
+            (&[0x0f, 0x05], Op::Interpret),       // syscall
+            (&[0xf3, 0xa6], Op::Step),            // rep cmpsb
+            (&[0x8e, 0xe8], Op::Interpret),       // mov gs, eax
+            (&[0x0f, 0x22, 0xd8], Op::Interpret), // mov cr3, rax
         ];
         for (code, op) in codes {
             assert_eq!(lift(code).nodes[0].op, op, "{code:x?}");

@@ -51,8 +51,8 @@ struct Space {
     /// For least-recently-used replacement.
     used: u64,
     generation: u32,
-    /// By [`view_index`]; made when first needed.
-    views: [Option<Box<View>>; VIEWS],
+    /// By [`view_index`].
+    views: [View; VIEWS],
 }
 
 /// As with every allocation: without memory there is no way on.
@@ -225,7 +225,7 @@ impl Mmu {
         let mut code = false;
         for space in &mut self.spaces {
             let mut here = false;
-            for view in space.views.iter_mut().flatten() {
+            for view in &mut space.views {
                 here |= view.flush_page(va);
             }
             if here {
@@ -369,25 +369,26 @@ impl Mmu {
 
     /// The view with this number of a [`Place`].
     fn view_at(&mut self, number: usize) -> Option<&mut View> {
-        self.spaces.get_mut(number / VIEWS)?.views[number % VIEWS].as_deref_mut()
+        self.spaces.get_mut(number / VIEWS)?.views.get_mut(number % VIEWS)
     }
 
     fn new_space(&self, pcid: u16) -> Space {
-        Space { pcid, used: 0, generation: next_generation(), views: [None, None, None] }
+        let views = std::array::from_fn(|_| View::new().expect(NO_MEMORY));
+        Space { pcid, used: 0, generation: next_generation(), views }
     }
 
     fn view_mut(&mut self, index: usize) -> &mut View {
-        self.spaces[self.current].views[index].get_or_insert_with(|| Box::new(View::new().expect(NO_MEMORY)))
+        &mut self.spaces[self.current].views[index]
     }
 
-    fn all_views(&mut self) -> impl Iterator<Item = &mut Box<View>> {
-        self.spaces.iter_mut().flat_map(|s| s.views.iter_mut().flatten())
+    fn all_views(&mut self) -> impl Iterator<Item = &mut View> {
+        self.spaces.iter_mut().flat_map(|s| &mut s.views)
     }
 
     fn flush_space(&mut self, index: usize, keep_global: bool) {
         let space = &mut self.spaces[index];
         space.generation = next_generation();
-        for view in space.views.iter_mut().flatten() {
+        for view in &mut space.views {
             self.flushes += 1;
             view.flush(keep_global);
         }

@@ -58,6 +58,7 @@ impl DbtVcpu {
         let Some(block) = self.find(mode)? else { return self.step() };
         let windows = self.windows(&insn);
         vector::spill_x87(&mut self.cpu);
+        self.cpu.rflags &= !rflags::RF;
         let before = capture(&mut self.cpu, &windows);
         self.enter(block, mode);
         vector::spill_x87(&mut self.cpu);
@@ -101,7 +102,9 @@ impl DbtVcpu {
                 s @ (seg::FS | seg::GS) => cpu.seg[s].base,
                 _ => 0,
             };
-            (base.wrapping_add(cpu.effective_address(insn)), size)
+            let la = tier0::bit_string_address(cpu, insn)
+                .unwrap_or_else(|| base.wrapping_add(cpu.effective_address(insn)));
+            (la, size)
         });
         [stack, operand].map(|window| {
             let (la, len) = window?;

@@ -2,9 +2,10 @@
 
 use std::sync::atomic::Ordering;
 
-use ruse_arch::{MpState, flags::rflags, paging::Access};
+use ruse_arch::{Exception, MpState, flags::rflags, paging::Access};
 
 use crate::{
+    backend::x86_64::thunks::Interpret,
     cpu::{Cpu, Who, request},
     mmu::access::Place,
     tier0,
@@ -113,9 +114,36 @@ pub unsafe extern "C" fn interpret(cpu: u64, rip: u64) -> u64 {
     // SAFETY: as in `slow_access`.
     let cpu = unsafe { &mut *(cpu as *mut Cpu) };
     cpu.select_view();
+    lead_on(cpu, rip, tier0::step)
+}
+
+/// As [`interpret`], for a SYSCALL of `len` bytes.
+///
+/// # Safety
+/// Called by generated code only, with the address of the running vCPU's block.
+pub unsafe extern "C" fn system_call(cpu: u64, rip: u64, len: u64) -> u64 {
+    // SAFETY: as in `slow_access`.
+    let cpu = unsafe { &mut *(cpu as *mut Cpu) };
+    lead_on(cpu, rip, |cpu| tier0::step_known(cpu, len, tier0::system_call))
+}
+
+/// As [`system_call`], for a SYSRET to 64-bit code.
+///
+/// # Safety
+/// Called by generated code only, with the address of the running vCPU's block.
+pub unsafe extern "C" fn system_return(cpu: u64, rip: u64, len: u64) -> u64 {
+    // SAFETY: as in `slow_access`.
+    let cpu = unsafe { &mut *(cpu as *mut Cpu) };
+    lead_on(cpu, rip, |cpu| tier0::step_known(cpu, len, tier0::system_return))
+}
+
+/// Executes the instruction at `rip` by `step`: the address of the translated code to which it leads, or 0 if generated code
+/// is left for the address in [`Cpu::exit_value`].
+#[inline]
+fn lead_on(cpu: &mut Cpu, rip: u64, step: impl FnOnce(&mut Cpu) -> Result<(), Exception>) -> u64 {
     cpu.rip = rip;
     cpu.rflags = cpu.rflags & !rflags::ARITH | cpu.arith & rflags::ARITH;
-    let result = tier0::step(cpu);
+    let result = step(cpu);
     cpu.arith = cpu.rflags & rflags::ARITH | rflags::FIXED;
     cpu.exit_value = cpu.rip;
     if let Err(fault) = result {
@@ -126,12 +154,18 @@ pub unsafe extern "C" fn interpret(cpu: u64, rip: u64) -> u64 {
     next_code(cpu).map_or(0, |host| host as u64)
 }
 
+/// The ways to execute an instruction that may lead anywhere.
+pub const INTERPRET: Interpret = Interpret { any: interpret, system_call, system_return };
+
 /// The translated code at RIP, if the jump cache knows it and nothing is to be done before it.
 fn next_code(cpu: &mut Cpu) -> Option<*const u8> {
     // That interrupts may be let in now is looked at here.
     let shared = cpu.shared();
-    shared.take(request::SELF);
-    let requests = shared.requests.load(Ordering::SeqCst);
+    let mut requests = shared.requests.load(Ordering::SeqCst);
+    if requests == request::SELF {
+        shared.take(request::SELF);
+        requests = shared.requests.load(Ordering::SeqCst);
+    }
     let busy = requests != 0 || cpu.nmi_pending || !cpu.written_code.is_empty();
     if busy || cpu.mp_state != MpState::Running {
         return None;
@@ -143,6 +177,7 @@ fn next_code(cpu: &mut Cpu) -> Option<*const u8> {
     }
     let mode = cpu.code_mode(false)?;
     cpu.kernel_generation = cpu.mmu.kernel_generation();
+    cpu.rflags &= !rflags::RF;
     cpu.mmu.find_jump(cpu.rip, mode.bits())
 }
 

@@ -10,5 +10,7 @@ mod fault;
 mod marks;
 mod mode;
 #[cfg(test)]
+mod system_tests;
+#[cfg(test)]
 mod tests;
 pub mod vcpu;

@@ -8,7 +8,8 @@ impl Cpu {
     /// What translated code may rely on now; `None` if only tier 0 will do. `checked`: every instruction is executed by
     /// both.
     pub(super) fn code_mode(&self, checked: bool) -> Option<CodeMode> {
-        let stepping = self.rflags & (rflags::TF | rflags::RF) != 0 || self.dr7 & 0xff != 0;
+        // Without breakpoints RF means nothing.
+        let stepping = self.rflags & rflags::TF != 0 || self.dr7 & 0xff != 0;
         let aligned = self.rflags & rflags::AC != 0 && self.paging.cr0 & cr0::AM != 0 && self.mode.cpl == 3;
         let plain = self.mode.code64 && matches!(self.mode.cpl, 0 | 3) && !stepping && !aligned;
         if !plain || self.interrupt_shadow {
@@ -22,6 +23,7 @@ impl Cpu {
         // The check would read the clock twice.
         let plain_tsc = !checked && !self.clock.is_slow();
         let tsc = plain_tsc && (kernel || self.paging.cr4 & cr4::TSD == 0);
-        Some(CodeMode { kernel, x87, sse, avx, tsc, plain: false })
+        let bases = self.paging.cr4 & cr4::FSGSBASE != 0;
+        Some(CodeMode { kernel, x87, sse, avx, tsc, bases, plain: false })
     }
 }

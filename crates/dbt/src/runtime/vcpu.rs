@@ -70,7 +70,7 @@ impl DbtVcpu {
                 slow_group: enter::slow_group,
                 step: enter::step,
                 // The check executes in both tiers whatever it can.
-                interpret: (!options.check).then_some(enter::interpret as _),
+                interpret: (!options.check).then_some(enter::INTERPRET),
             },
             lifter,
             avx,
@@ -404,6 +404,8 @@ impl DbtVcpu {
             let va = cpu.rip;
             cpu.mmu.fill_jump(va, entry);
         }
+        // The next instruction clears it.
+        cpu.rflags &= !rflags::RF;
         cpu.arith = cpu.rflags & rflags::ARITH | rflags::FIXED;
         cpu.fpu.header[0] = 7;
         cpu.counters.dispatches += 1;

@@ -22,7 +22,7 @@ mod stack;
 mod syscall;
 mod system;
 #[cfg(test)]
-mod system_tests;
+pub(crate) mod system_tests;
 mod table;
 mod task;
 #[cfg(test)]
@@ -39,7 +39,9 @@ use ruse_arch::{Exception, flags::rflags};
 pub(crate) use self::control::CR4_KNOWN;
 pub(crate) use self::features::Features;
 pub use self::fetch::DecodeCache;
+pub(crate) use self::integer::bit_string_address;
 pub use operand::Insn;
+pub(crate) use syscall::{system_call, system_return};
 
 use crate::cpu::Cpu;
 
@@ -74,6 +76,23 @@ pub fn step(cpu: &mut Cpu) -> Result<(), Exception> {
         let met = step | cpu.debug_hits;
         if met == 0 { Ok(()) } else { Err(Exception::db(met)) }
     })?
+}
+
+/// Executes an instruction of `len` bytes that translated code has come to and that is known to be `handler`'s: as [`step`],
+/// but nothing is fetched, and nothing traps, for no code is translated to be stepped or with breakpoints.
+pub(crate) fn step_known(
+    cpu: &mut Cpu,
+    len: u64,
+    handler: impl FnOnce(&mut Cpu) -> Result<(), Exception>,
+) -> Result<(), Exception> {
+    cpu.counters.tier0 += 1;
+    let rip = cpu.rip;
+    cpu.rip = rip.wrapping_add(len);
+    let result = handler(cpu);
+    if result.is_err() {
+        cpu.rip = rip;
+    }
+    result
 }
 
 /// The instruction at CS:RIP, decoded, with all that fetching it may raise.

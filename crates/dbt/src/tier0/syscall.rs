@@ -17,9 +17,9 @@ const R11: usize = 11;
 /// Executes what belongs here; `Ok(false)` for other instructions.
 pub(super) fn execute(cpu: &mut Cpu, insn: &Insn) -> Result<bool, Exception> {
     match insn.i.mnemonic() {
-        Mnemonic::Syscall => syscall(cpu)?,
+        Mnemonic::Syscall => system_call(cpu)?,
         Mnemonic::Sysret => sysret(cpu, false)?,
-        Mnemonic::Sysretq => sysret(cpu, true)?,
+        Mnemonic::Sysretq => system_return(cpu)?,
         Mnemonic::Sysenter => sysenter(cpu)?,
         Mnemonic::Sysexit => sysexit(cpu, false)?,
         Mnemonic::Sysexitq => sysexit(cpu, true)?,
@@ -38,8 +38,8 @@ fn set_flat(cpu: &mut Cpu, cs: u16, ss: u16, cpl: u8, code64: bool) {
     cpu.update_mode();
 }
 
-/// Intel has SYSCALL in 64-bit mode only.
-fn syscall(cpu: &mut Cpu) -> Result<(), Exception> {
+/// SYSCALL. Intel has it in 64-bit mode only.
+pub(crate) fn system_call(cpu: &mut Cpu) -> Result<(), Exception> {
     if !cpu.mode.code64 || cpu.paging.efer & efer::SCE == 0 {
         return Err(Exception::UD);
     }
@@ -50,6 +50,11 @@ fn syscall(cpu: &mut Cpu) -> Result<(), Exception> {
     let cs = (cpu.star >> 32) as u16 & !3;
     set_flat(cpu, cs, cs.wrapping_add(8), 0, true);
     Ok(())
+}
+
+/// SYSRET to 64-bit code.
+pub(crate) fn system_return(cpu: &mut Cpu) -> Result<(), Exception> {
+    sysret(cpu, true)
 }
 
 fn sysret(cpu: &mut Cpu, wide: bool) -> Result<(), Exception> {

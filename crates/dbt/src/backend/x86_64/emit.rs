@@ -1,7 +1,7 @@
 //! Makes host code of a region.
 
 use iced_x86::{Encoder, Instruction, InstructionInfoFactory, RflagsBits};
-use ruse_arch::{flags::rflags, state::seg};
+use ruse_arch::flags::rflags;
 
 use super::{
     Home,
@@ -204,12 +204,6 @@ impl<'a> Emitter<'a> {
     fn fall_through(&mut self, region: &Region) {
         self.spill_flags(region.live_at_end);
         self.in_host = false;
-        if region.after_sti {
-            self.asm.cmp_imm32(block::IRQ_WAITING, 0);
-            let branch = self.asm.jcc(cc::NE, 0);
-            self.stubs
-                .push(Stub { branch, kind: StubKind::Poll((region.end.wrapping_sub(region.start)) as u16) });
-        }
         self.exit_to(region.end);
     }
 
@@ -234,14 +228,14 @@ impl<'a> Emitter<'a> {
             Op::Leave => self.leave(),
             Op::SwapGs => self.swap_gs(),
             Op::DisableInterrupts => self.system_flag(rflags::IF, false),
-            Op::EnableInterrupts => self.system_flag(rflags::IF, true),
-            Op::UserAccess(allowed) => {
-                self.system_flag(rflags::AC, allowed);
-                self.held = None;
-                self.asm.load(T0, block::kernel_tlb(allowed));
-                self.asm.store(block::TLB, T0);
-            }
-            Op::TimeStamp => self.time_stamp(),
+            Op::EnableInterrupts => self.enable_interrupts(),
+            Op::ClearDirection => self.system_flag(rflags::DF, false),
+            Op::UserAccess(allowed) => self.user_access(allowed),
+            Op::TimeStamp { aux } => self.time_stamp(aux),
+            Op::BitString(mem) => self.bit_string(node, mem),
+            Op::ReadBase(what) => self.read_base(what),
+            Op::WriteBase(what) => self.write_base(what),
+            Op::ReadControl { control, to } => self.read_control(control, to),
             Op::Branch { condition, .. } if self.plan.back == Some(self.node) => {
                 self.go_back(node, condition as u8 - 1);
             }
@@ -292,7 +286,7 @@ impl<'a> Emitter<'a> {
                 self.call_step(i.ip(), i.len() as u64);
                 self.flags_are_in_block();
             }
-            Op::Interpret => self.interpret(i.ip(), live_in(node)),
+            Op::Interpret => self.interpret_last(i, live_in(node)),
         }
         node.op.ends_region()
     }
@@ -313,9 +307,7 @@ impl<'a> Emitter<'a> {
     /// The identity lane.
     fn host_node(&mut self, node: &Node, mem: Option<MemUse>) -> Result<(), super::operands::Unencodable> {
         let at = mem.map(|mem| self.operand(&node.insn, mem));
-        // A partial change of flags that are alive needs the others beside it.
-        let merged = if node.writes { node.live_out & !node.kills } else { 0 };
-        let complete = self.restore_flags(node.reads | merged);
+        let complete = self.restore_flags(node.reads | merged(node));
         self.host_insn(&node.insn, at)?;
         if node.writes {
             self.in_host = true;
@@ -469,7 +461,7 @@ impl<'a> Emitter<'a> {
     }
 
     /// `and T1d, mask`: the upper half becomes zero.
-    fn and_t1(&mut self, mask: u32) {
+    pub(super) fn and_t1(&mut self, mask: u32) {
         self.asm.bytes(&[0x41, 0x81, 0xe0 | T1 & 7]);
         self.asm.bytes(&mask.to_le_bytes());
     }
@@ -481,57 +473,11 @@ impl<'a> Emitter<'a> {
         self.asm.lea(GUEST_RSP, RBP, 8);
         self.asm.mov(RBP, T1);
     }
+}
 
-    /// Sets or clears a flag that is kept in the block. Destroys the host's flags.
-    fn system_flag(&mut self, flag: u64, on: bool) {
-        let (operation, mask) = if on { (1, flag as u32) } else { (4, !flag as u32) };
-        // or / and dword [rflags], mask
-        self.asm.mem(&[], false, &[0x81], operation, block::RFLAGS);
-        self.asm.bytes(&mask.to_le_bytes());
-        self.in_host = false;
-    }
-
-    /// The guest's counter is the host's plus offsets.
-    fn time_stamp(&mut self) {
-        self.asm.bytes(&[0x0f, 0x31]); // rdtsc
-        self.asm.bytes(&[0x48, 0xc1, 0xe2, 32]); // shl rdx, 32
-        self.asm.bytes(&[0x48, 0x09, 0xd0]); // or rax, rdx
-        self.asm.mem(&[], true, &[0x03], 0, block::TSC_OFFSET); // add rax, [offset]
-        self.asm.mem(&[], true, &[0x03], 0, block::TSC_ADJUST);
-        self.asm.mov(2, 0);
-        self.asm.bytes(&[0x48, 0xc1, 0xea, 32]); // shr rdx, 32
-        self.asm.bytes(&[0x89, 0xc0]); // mov eax, eax
-        self.in_host = false;
-    }
-
-    fn read_selector(&mut self, segment: u8, to: u8, size: u8) {
-        self.held = None;
-        let (dst, home) = match home(to) {
-            Home::Host(r) => (r, None),
-            Home::Block(at) => (T0, Some(Mem::Block(at))),
-        };
-        let selector = block::selector(segment.into());
-        if size == 2 {
-            if let Some(home) = home {
-                self.asm.load(T0, home);
-            }
-            self.asm.mem(&[0x66], false, &[0x8b], dst, selector); // mov dst16, [selector]
-        } else {
-            self.asm.mem(&[], false, &[0x0f, 0xb7], dst, selector); // movzx dst32, word [selector]
-        }
-        if let Some(home) = home {
-            self.asm.store(home, T0);
-        }
-    }
-
-    fn swap_gs(&mut self) {
-        let base = block::segment_base(seg::GS);
-        self.held = None;
-        self.asm.load(T0, base);
-        self.asm.load(T1, block::KERNEL_GS_BASE);
-        self.asm.store(base, T1);
-        self.asm.store(block::KERNEL_GS_BASE, T0);
-    }
+/// Flags that must be in the host's flags beside those that a node changes: alive ones that it leaves alone.
+pub(super) fn merged(node: &Node) -> u32 {
+    if node.writes { node.live_out & !node.kills } else { 0 }
 }
 
 /// Flags that are live before a node.

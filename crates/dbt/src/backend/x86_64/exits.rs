@@ -1,5 +1,7 @@
 //! Ways out of a region: branches, links to other regions, calls and returns.
 
+use iced_x86::{Code, Instruction};
+
 use super::{
     asm::{
         cc,
@@ -38,6 +40,19 @@ impl Emitter<'_> {
         self.stubs.push(Stub { branch, kind: StubKind::Poll(0) });
         self.asm.bind(over);
         self.in_host &= complete;
+    }
+
+    /// The instruction at the end of the region is tier 0's.
+    pub(super) fn interpret_last(&mut self, i: &Instruction, live: u32) {
+        let thunk = match i.code() {
+            Code::Syscall => self.thunks.system_call,
+            Code::Sysretq => self.thunks.system_return,
+            _ => return self.interpret(i.ip(), live),
+        };
+        self.spill_flags(live);
+        self.asm.mov_imm(T0, i.ip());
+        self.asm.mov_imm(T1, i.len() as u64);
+        self.asm.jmp(thunk);
     }
 
     /// Leaves to tier 0 at the linear address `at`.

@@ -14,7 +14,7 @@ use iced_x86::{
 };
 
 use crate::{
-    ir::{MemUse, Node, Op, Region, Value},
+    ir::{Base, MemUse, Node, Op, Region, Value},
     tier0::operand::gpr_index,
 };
 
@@ -124,7 +124,7 @@ pub fn find(region: &Region, info: &mut InstructionInfoFactory) -> Plan {
 fn back_edge(region: &Region) -> Option<usize> {
     let leads_back = |node: &Node| matches!(node.op, Op::Branch { target, .. } if target == region.start);
     let back = region.nodes.iter().rposition(|node| leads_back(node) && node.live_at_exit == 0)?;
-    let changes_view = |node: &Node| matches!(node.op, Op::SwapGs | Op::UserAccess(_) | Op::EnableInterrupts);
+    let changes_view = |node: &Node| matches!(node.op, Op::SwapGs | Op::WriteBase(_) | Op::UserAccess(_));
     (!region.nodes[..back].iter().any(changes_view)).then_some(back)
 }
 
@@ -197,19 +197,24 @@ impl<'a> Finder<'a> {
                 self.forget(RBP);
             }
             Op::ReadSelector { to, .. } => self.forget(to.into()),
-            Op::TimeStamp => {
-                self.forget(RAX);
-                self.forget(RDX);
-            }
+            Op::ReadBase(Base { register, .. }) => self.forget(register.into()),
+            Op::ReadControl { to, .. } => self.forget(to.into()),
+            Op::TimeStamp { .. } => [RAX, RCX, RDX].into_iter().for_each(|register| self.forget(register)),
             Op::Branch { .. } => self.branches += 1,
             Op::Repeat(_) => [RCX, RSI, RDI].into_iter().for_each(|register| self.forget(register)),
             // Another segment, another view of memory, or anything at all.
-            Op::SwapGs | Op::UserAccess(_) => self.close(),
+            Op::SwapGs | Op::WriteBase(_) | Op::UserAccess(_) => self.close(),
             Op::Step | Op::Interpret => {
                 self.close();
                 (0..16).for_each(|register| self.forget(register));
             }
-            Op::Nop | Op::DisableInterrupts | Op::EnableInterrupts | Op::Jump { .. } | Op::JumpTo(_) => {}
+            Op::Nop
+            | Op::DisableInterrupts
+            | Op::EnableInterrupts
+            | Op::ClearDirection
+            | Op::BitString(_)
+            | Op::Jump { .. }
+            | Op::JumpTo(_) => {}
         }
     }
 
@@ -413,7 +418,8 @@ mod tests {
     }
 
     fn plan(code: &[u8]) -> Plan {
-        let mode = CodeMode { kernel: true, x87: true, sse: true, avx: true, tsc: true, plain: false };
+        let mode =
+            CodeMode { kernel: true, x87: true, sse: true, avx: true, tsc: true, bases: true, plain: false };
         let region = Lifter::new(Box::new(|_| true), true)
             .lift(0x1000, Piece { start: 0x1000, bytes: code }, mode)
             .unwrap();

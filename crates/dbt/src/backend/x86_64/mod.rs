@@ -13,6 +13,7 @@ pub mod groups;
 mod operands;
 mod out_of_line;
 mod strings;
+mod system;
 pub mod thunks;
 
 use std::mem::offset_of;
@@ -89,6 +90,18 @@ pub(crate) mod block {
     pub const KERNEL_GS_BASE: Mem = Mem::Block(offset_of!(Cpu, kernel_gs_base) as i32);
     pub const TSC_OFFSET: Mem = Mem::Block(offset_of!(Cpu, tsc_offset) as i32);
     pub const TSC_ADJUST: Mem = Mem::Block(offset_of!(Cpu, tsc_adjust) as i32);
+    pub const TSC_AUX: Mem = Mem::Block(offset_of!(Cpu, tsc_aux) as i32);
+    /// CR0, CR2, CR3 or CR4.
+    pub fn control(number: u8) -> Mem {
+        use ruse_arch::paging::PagingMode;
+        const PAGING: usize = offset_of!(Cpu, paging);
+        Mem::Block(match number {
+            0 => PAGING + offset_of!(PagingMode, cr0),
+            2 => offset_of!(Cpu, cr2),
+            3 => PAGING + offset_of!(PagingMode, cr3),
+            _ => PAGING + offset_of!(PagingMode, cr4),
+        } as i32)
+    }
     pub const FPU: i32 = offset_of!(Cpu, fpu) as i32;
 }
 

@@ -38,6 +38,10 @@ pub struct Thunks {
     /// Tier 0 executes the instruction at the linear address in T0, the flags in the block. Goes to the translated code to
     /// which that leads, or leaves with [`exit::AT`]; or leaves before, with [`exit::INTERPRET`].
     pub interpret: u64,
+    /// As `interpret`, for a SYSCALL whose length is in T1.
+    pub system_call: u64,
+    /// As `system_call`, for a SYSRET.
+    pub system_return: u64,
     /// Leaves with [`exit::FAULT`]; T0 holds the host address that faulted. Entered by the signal handler.
     pub exit_fault: u64,
     /// By index of [`ACCESS_SIZES`] and by whether it is a write. Called after a probe that missed: returns the host
@@ -63,9 +67,20 @@ pub struct Calls {
     /// Takes the vCPU block, the linear address of an instruction and its length. Returns 0 if generated code must be
     /// left.
     pub step: unsafe extern "C" fn(u64, u64, u64) -> u64,
-    /// Takes the vCPU block and the linear address of an instruction. Returns the host address where generated code goes
-    /// on, or 0. Without it, generated code is left for each such instruction.
-    pub interpret: Option<unsafe extern "C" fn(u64, u64) -> u64>,
+    /// Without them, generated code is left for each such instruction.
+    pub interpret: Option<Interpret>,
+}
+
+/// Functions that execute an instruction which may lead anywhere. Each takes the vCPU block and the linear address of the
+/// instruction, and returns the host address where generated code goes on, or 0.
+#[derive(Clone, Copy)]
+pub struct Interpret {
+    /// Any instruction.
+    pub any: unsafe extern "C" fn(u64, u64) -> u64,
+    /// SYSCALL; takes its length as well.
+    pub system_call: unsafe extern "C" fn(u64, u64, u64) -> u64,
+    /// SYSRET; takes its length as well.
+    pub system_return: unsafe extern "C" fn(u64, u64, u64) -> u64,
 }
 
 /// Host registers that hold guest registers, with the guest register's index.
@@ -142,8 +157,17 @@ impl Thunks {
         exit_with(&mut asm, exit::MISS, leave);
         thunks.interpret = asm.here();
         match calls.interpret {
-            Some(function) => interpret(&mut asm, function as usize as u64, store),
-            None => exit_with(&mut asm, exit::INTERPRET, leave),
+            Some(functions) => {
+                interpret(&mut asm, functions.any as usize as u64, store);
+                thunks.system_call = asm.here();
+                interpret(&mut asm, functions.system_call as usize as u64, store);
+                thunks.system_return = asm.here();
+                interpret(&mut asm, functions.system_return as usize as u64, store);
+            }
+            None => {
+                exit_with(&mut asm, exit::INTERPRET, leave);
+                (thunks.system_call, thunks.system_return) = (thunks.interpret, thunks.interpret);
+            }
         }
         thunks.exit_fault = asm.here();
         // The flags may be alive in the host's.

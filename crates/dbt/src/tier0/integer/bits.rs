@@ -51,6 +51,17 @@ fn bit_in_memory(cpu: &mut Cpu, insn: &Insn, access: Access) -> Result<(u64, u32
     Ok((la, offset.rem_euclid(bits) as u32))
 }
 
+/// Linear address that BT and its kin access with a bit offset in a register; `None` for other instructions.
+pub(crate) fn bit_string_address(cpu: &mut Cpu, insn: &Insn) -> Option<u64> {
+    let i = &insn.i;
+    let tests = matches!(i.mnemonic(), Mnemonic::Bt | Mnemonic::Bts | Mnemonic::Btr | Mnemonic::Btc);
+    let string = tests && i.op0_kind() == OpKind::Memory && i.op1_kind() == OpKind::Register;
+    if !string {
+        return None;
+    }
+    bit_in_memory(cpu, insn, Access::Read).ok().map(|(la, _)| la)
+}
+
 /// CF takes the bit; ZF stays and so do, undefined, the others.
 fn bt(cpu: &mut Cpu, insn: &Insn) -> Result<(), Exception> {
     let size = size_of(&insn.i, 0);

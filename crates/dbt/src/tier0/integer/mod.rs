@@ -21,6 +21,7 @@ mod tests;
 
 use iced_x86::Instruction;
 
+pub(crate) use self::bits::bit_string_address;
 use super::Handler;
 
 /// The handler of a general-purpose instruction.

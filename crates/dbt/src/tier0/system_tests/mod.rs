@@ -14,14 +14,14 @@ use ruse_arch::{
 use super::testing::{GDT, Machine};
 
 /// Selectors that [`with_levels`] makes, beside those of [`Machine`].
-pub(super) const CODE3: u16 = 0x2b;
+pub(crate) const CODE3: u16 = 0x2b;
 pub(super) const DATA3: u16 = 0x33;
 pub(super) const TSS: u16 = 0x38;
 /// The slot after the TSS's (two, for a 64-bit one).
 pub(super) const FREE: u16 = 0x48;
 pub(super) const TSS_BASE: u64 = 0x6000;
 pub(super) const IDT: u64 = 0x7000;
-pub(super) const HANDLER: u64 = 0x1_8000;
+pub(crate) const HANDLER: u64 = 0x1_8000;
 pub(super) const KERNEL_STACK: u64 = 0x2_4000;
 
 /// Descriptor of a TSS at `base`.
@@ -35,7 +35,7 @@ pub(super) fn gate(selector: u16, offset: u64, attr: u64) -> u64 {
 }
 
 /// Adds level 3 segments, a TSS with a stack and an IDT whose gates all lead to [`HANDLER`].
-pub(super) fn with_levels(mut m: Machine) -> Machine {
+pub(crate) fn with_levels(mut m: Machine) -> Machine {
     let long = m.cpu.mode.long;
     let code3 = if long { 0x00af_fb00_0000_ffff } else { 0x00cf_fb00_0000_ffff };
     m.write_u64(GDT + 0x28, code3);
@@ -64,7 +64,7 @@ pub(super) fn with_levels(mut m: Machine) -> Machine {
 }
 
 /// Goes to level 3, flat.
-pub(super) fn to_user(m: &mut Machine) {
+pub(crate) fn to_user(m: &mut Machine) {
     let long = m.cpu.mode.long;
     m.cpu.seg[seg::CS] =
         Segment { base: 0, limit: !0, attr: if long { 0xa0fb } else { 0xc0fb }, selector: CODE3 };
