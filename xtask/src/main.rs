@@ -1,4 +1,4 @@
-//! Chores of the project: `cargo xtask bench`, `fuzz`, `lab`, `loads` and `monitors`.
+//! Chores of the project: `cargo xtask bench`, `fuzz`, `lab`, `loads`, `monitors` and `stress`.
 
 mod bench;
 mod fuzz;
@@ -7,6 +7,7 @@ mod loads;
 mod monitors;
 mod resident;
 mod running;
+mod stress;
 #[path = "../../crates/cli/tests/boot/vmlinux.rs"]
 mod vmlinux;
 
@@ -34,6 +35,8 @@ enum Chore {
     Loads(loads::Options),
     /// Compares Ruse over /dev/kvm with other monitors: start, exits, memory, boot.
     Monitors(monitors::Options),
+    /// Runs random programs in a guest and on this host, and compares what they find.
+    Stress(stress::Options),
 }
 
 fn main() -> ExitCode {
@@ -43,6 +46,7 @@ fn main() -> ExitCode {
         Chore::Lab(options) => lab::run(&options),
         Chore::Loads(options) => loads::run(&options),
         Chore::Monitors(options) => monitors::run(&options),
+        Chore::Stress(options) => stress::run(&options),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

@@ -68,6 +68,13 @@ impl Running {
         self.deadline = Instant::now() + Duration::from_secs(timeout);
     }
 
+    /// What it printed at last, and the lines that come within a second.
+    pub fn last_and_next_lines(&mut self) -> String {
+        self.allow(1);
+        while let Ok(Some(_)) = self.next_line() {}
+        self.last_lines()
+    }
+
     /// Waits for the end: how it ended, and the seconds since the start.
     pub fn wait(&mut self) -> Result<(ExitStatus, f64)> {
         let status = self.child.wait().context("waiting for its end")?;

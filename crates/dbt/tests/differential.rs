@@ -3,28 +3,8 @@
 //! `RUSE_DIFF_CASES` says how many random cases run of each kind, `RUSE_DIFF_ROUNDS` how often single instructions are
 //! tried, `RUSE_DIFF_SEED` where the generator begins.
 
-#[path = "differential/case.rs"]
-mod case;
-#[path = "differential/compare.rs"]
-mod compare;
-#[path = "differential/flow.rs"]
-mod flow;
-#[path = "differential/generate.rs"]
-mod generate;
 #[path = "differential/guest.rs"]
 mod guest;
-#[path = "differential/items.rs"]
-mod items;
-#[path = "differential/native.rs"]
-mod native;
-#[path = "differential/operands.rs"]
-mod operands;
-#[path = "differential/pools.rs"]
-mod pools;
-#[path = "differential/program.rs"]
-mod program;
-#[path = "differential/random.rs"]
-mod random;
 #[path = "differential/tier0.rs"]
 mod tier0;
 #[path = "differential/translator.rs"]
@@ -32,10 +12,11 @@ mod translator;
 
 use std::collections::BTreeMap;
 
-use case::{Case, Executor, Outcome};
-use generate::Generator;
-use pools::Pools;
-use program::program;
+use ruse_cases::case::{Case, Executor, Outcome};
+use ruse_cases::generate::Generator;
+use ruse_cases::pools::Pools;
+use ruse_cases::program::program;
+use ruse_cases::{compare, native};
 use tier0::Tier0;
 use translator::Translator;
 
@@ -52,7 +33,7 @@ fn setting(name: &str, default: u64) -> u64 {
 
 /// Runs cases under both executors and reports the differences by mnemonic.
 fn run(what: &str, executor: &mut dyn Executor, mut cases: impl Iterator<Item = Case>) {
-    let mut host = native::Native::new();
+    let mut host = native::Native::default();
     let (mut total, mut differences) = (0u64, BTreeMap::<String, u64>::new());
     loop {
         let batch: Vec<Case> = cases.by_ref().take(BATCH).collect();
@@ -87,7 +68,7 @@ fn report(case: &Case, expected: &Outcome, found: &Outcome, text: &str, seen: &m
 
 /// Random sequences, `count` of them unless the settings say otherwise.
 fn sequences(seed: u64, count: u64) -> impl Iterator<Item = Case> {
-    let generator = Generator::new();
+    let generator = Generator::default();
     let count = setting("RUSE_DIFF_CASES", count);
     let seed = setting("RUSE_DIFF_SEED", seed);
     (0..count).map(move |n| generator.random(seed.wrapping_add(n), 1..=8))
@@ -107,14 +88,14 @@ fn twice(cases: impl Iterator<Item = Case>) -> impl Iterator<Item = Case> {
 /// Random programs, each with several inputs; `count` cases unless the settings say otherwise.
 fn programs(seed: u64, count: u64) -> impl Iterator<Item = Case> {
     let count = setting("RUSE_DIFF_CASES", count);
-    let pools = Pools::new(&Generator::new().codes);
+    let pools = Pools::new(&Generator::default().codes);
     let seed = setting("RUSE_DIFF_SEED", seed);
     (0..count).map(move |n| program(&pools, seed.wrapping_add(n / VARIANTS), n % VARIANTS))
 }
 
 #[test]
 fn tier0_single_instructions() {
-    run("single", &mut Tier0::new(), single_cases(&Generator::new()));
+    run("single", &mut Tier0::new(), single_cases(&Generator::default()));
 }
 
 #[test]
@@ -124,7 +105,7 @@ fn tier0_sequences() {
 
 #[test]
 fn translator_single_instructions() {
-    run("single", &mut Translator::new(), twice(single_cases(&Generator::new())));
+    run("single", &mut Translator::new(), twice(single_cases(&Generator::default())));
 }
 
 #[test]

@@ -8,6 +8,7 @@ use ruse_arch::{
     flags::{cr0, cr4, efer, rflags},
     state::seg,
 };
+use ruse_cases::case::{CODE, CODE_BYTES, Case, GS_BASE, NONE, Outcome, WINDOW, WINDOW_BYTES, digest};
 use ruse_dbt::{
     cpu::{Cpu, CpuBox},
     cpuid,
@@ -15,8 +16,6 @@ use ruse_dbt::{
 };
 use ruse_engine::{Bus, Clock};
 use ruse_memory::GuestRam;
-
-use crate::case::{CODE, CODE_BYTES, Case, GS_BASE, NONE, Outcome, WINDOW, WINDOW_BYTES, digest};
 
 const PML4: u64 = 0x1000;
 const PDPT: u64 = 0x2000;

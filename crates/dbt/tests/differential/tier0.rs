@@ -1,15 +1,13 @@
 //! Tier 0.
 
+use ruse_cases::case::{Case, Executor, Outcome};
 use ruse_dbt::{
     cpu::{Cpu, CpuBox},
     tier0,
 };
 use ruse_memory::GuestRam;
 
-use crate::{
-    case::{Case, Executor, Outcome},
-    guest::{NullBus, load, machine, unload},
-};
+use crate::guest::{NullBus, load, machine, unload};
 
 /// Steps after which a case counts as endless.
 const MOST_STEPS: u32 = 200_000;

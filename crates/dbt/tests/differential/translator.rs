@@ -1,12 +1,10 @@
 //! The translator: blocks of host code, first made and then used again.
 
+use ruse_cases::case::{Case, Executor, Outcome};
 use ruse_dbt::{DbtOptions, runtime::vcpu::DbtVcpu};
 use ruse_memory::GuestRam;
 
-use crate::{
-    case::{Case, Executor, Outcome},
-    guest::{NullBus, forget_addresses, load, machine, unload},
-};
+use crate::guest::{NullBus, forget_addresses, load, machine, unload};
 
 /// Cases between two that begin with empty TLBs.
 const FORGETFUL: u64 = 16;

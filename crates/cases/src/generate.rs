@@ -144,12 +144,13 @@ pub struct Generator {
     pub codes: Vec<Code>,
 }
 
-impl Generator {
-    /// All forms.
-    pub fn new() -> Self {
+impl Default for Generator {
+    fn default() -> Self {
         Self { codes: Code::values().filter(|&c| is_tried(c)).collect() }
     }
+}
 
+impl Generator {
     /// A case of one instruction of form `n`.
     pub fn single(&self, n: usize, round: u64) -> Case {
         let seed = (n as u64) << 20 | round;
@@ -257,7 +258,7 @@ pub fn state(random: &mut Random) -> State {
         }
     }
     // Interrupts enabled, as every user program has them.
-    state.flags = 0x202 | random.next() & 0x8d5 | if random.chance(20) { 0x400 } else { 0 };
+    state.flags = 0x202 | random.word() & 0x8d5 | if random.chance(20) { 0x400 } else { 0 };
     floating(&mut state.fpu, random);
     state
 }
@@ -267,8 +268,8 @@ fn general(random: &mut Random) -> u64 {
         0 => random.pick(&[0, 1, 2, 0x7f, 0x80, 0xff, 0x7fff, 0x8000, 0x7fff_ffff, 0x8000_0000, 0xffff_ffff]),
         1 => random.pick(&[1 << 63, u64::MAX, i64::MAX as u64, 1 << 47, 0xffff_8000_0000_0000]),
         2 => random.below(100),
-        3 => random.next(),
-        4 => random.next() >> random.below(64),
+        3 => random.word(),
+        4 => random.word() >> random.below(64),
         _ => place(random, 8),
     }
 }
@@ -281,12 +282,12 @@ fn number(random: &mut Random) -> u64 {
     match random.below(8) {
         0 => random.pick(&double).to_bits(),
         1 => pair(random.pick(&single), random.pick(&single)),
-        2 => f64::from(random.next() as i32 >> random.below(24)).to_bits(),
-        3 => pair(random.next() as i16 as f32, random.next() as i8 as f32),
+        2 => f64::from(random.word() as i32 >> random.below(24)).to_bits(),
+        3 => pair(random.word() as i16 as f32, random.word() as i8 as f32),
         4 => random.below(4000) | random.below(4000) << 32,
         5 => random.pick(&[0, u64::MAX, 0x8080_8080_8080_8080, 0x8000_0000_0000_0000]),
         6 => 0x7ff0_0000_0000_0001,
-        _ => random.next(),
+        _ => random.word(),
     }
 }
 
@@ -295,20 +296,20 @@ fn floating(fpu: &mut [u8; 832], random: &mut Random) {
     let fcw: u16 = if ordinary {
         0x37f
     } else {
-        0x40 | (random.next() as u16 & 0xf3f) | (u16::from(random.chance(60)) * 0x3f)
+        0x40 | (random.word() as u16 & 0xf3f) | (u16::from(random.chance(60)) * 0x3f)
     };
-    let mut fsw = random.next() as u16 & 0x7f00;
+    let mut fsw = random.word() as u16 & 0x7f00;
     if random.chance(30) {
-        fsw |= random.next() as u16 & 0x3f & if random.chance(10) { 0x3f } else { fcw };
+        fsw |= random.word() as u16 & 0x3f & if random.chance(10) { 0x3f } else { fcw };
     }
     if fsw & !fcw & 0x3f != 0 {
         fsw |= 0x8080;
     }
     fpu[0..2].copy_from_slice(&fcw.to_le_bytes());
     fpu[2..4].copy_from_slice(&fsw.to_le_bytes());
-    let any = random.next() as u8;
+    let any = random.word() as u8;
     fpu[4] = random.pick(&[0, 0xff, 0x0f, 0xf0, any]);
-    let unmasked = random.next() as u32 & if random.chance(30) { 0xffff } else { 0xe07f };
+    let unmasked = random.word() as u32 & if random.chance(30) { 0xffff } else { 0xe07f };
     let mxcsr: u32 =
         if random.chance(60) { 0x1f80 } else { unmasked | if unmasked & 0x1f80 == 0 { 0x1f80 } else { 0 } };
     fpu[24..28].copy_from_slice(&mxcsr.to_le_bytes());
@@ -316,10 +317,10 @@ fn floating(fpu: &mut [u8; 832], random: &mut Random) {
     for n in 0..8 {
         let (mantissa, exponent) = match random.below(6) {
             0 => (0, random.pick(&[0, 0x8000])),
-            1 => (random.next() | 1 << 63, random.pick(&[0x7fff, 0xffff, 0, 1, 0x7ffe])),
+            1 => (random.word() | 1 << 63, random.pick(&[0x7fff, 0xffff, 0, 1, 0x7ffe])),
             2 => (1 << 63, 0x7fff),
-            3 => (random.next(), random.next() as u16),
-            _ => (random.next() << random.below(60) | 1 << 63, 0x3fff - 20 + random.below(60) as u16),
+            3 => (random.word(), random.word() as u16),
+            _ => (random.word() << random.below(60) | 1 << 63, 0x3fff - 20 + random.below(60) as u16),
         };
         fpu[32 + 16 * n..][..8].copy_from_slice(&mantissa.to_le_bytes());
         fpu[40 + 16 * n..][..2].copy_from_slice(&exponent.to_le_bytes());

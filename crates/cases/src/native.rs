@@ -51,13 +51,14 @@ fn map(at: u64, len: usize, prot: i32, flags: i32) -> *mut u8 {
     found.cast()
 }
 
-impl Native {
-    /// Memory to share with the children.
-    pub fn new() -> Self {
+impl Default for Native {
+    fn default() -> Self {
         let len = size_of::<Shared>();
         Self { shared: map(0, len, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED).cast() }
     }
+}
 
+impl Native {
     /// Runs cases from `from` on in a child; returns how many were begun.
     fn batch(&mut self, from: usize, count: usize) -> usize {
         // SAFETY: the child only makes system calls and touches the shared memory and its own mappings.
@@ -78,7 +79,7 @@ impl Native {
 
 impl Drop for Native {
     fn drop(&mut self) {
-        // SAFETY: mapped in `new`.
+        // SAFETY: mapped in `default`.
         unsafe { libc::munmap(self.shared.cast(), size_of::<Shared>()) };
     }
 }

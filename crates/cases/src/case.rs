@@ -64,10 +64,10 @@ impl Case {
         let mut random = Random::new(self.seed ^ 0x5555);
         for (n, part) in window.chunks_exact_mut(8).enumerate() {
             let value = match n % 7 {
-                0 => f64::from(random.next() as i32 >> 8).to_bits(),
-                1 => (u64::from((random.next() as i16 as f32).to_bits()) << 32) | random.next() & 0xff,
+                0 => f64::from(random.word() as i32 >> 8).to_bits(),
+                1 => (u64::from((random.word() as i16 as f32).to_bits()) << 32) | random.word() & 0xff,
                 2 => random.below(300),
-                _ => random.next(),
+                _ => random.word(),
             };
             part.copy_from_slice(&value.to_le_bytes());
         }

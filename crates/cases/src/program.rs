@@ -92,7 +92,7 @@ pub fn program(pools: &Pools, seed: u64, variant: u64) -> Case {
     case.state = state(&mut inputs);
     roles.assign(&mut case.state, &mut inputs);
     loop {
-        let mut list = Builder::new(pools, roles.clone(), Random::new(random.next())).finish();
+        let mut list = Builder::new(pools, roles.clone(), Random::new(random.word())).finish();
         if list.put_into(&mut case, &mut random).is_some() {
             return case;
         }

@@ -262,7 +262,7 @@ impl<'a> Builder<'a> {
         let i = match self.random.below(16) {
             0..=2 => Instruction::with1(Code::Push_r64, r64(self.random.below(16))),
             3..=4 => Instruction::with1(Code::Pop_r64, r64(self.free())),
-            5 => Instruction::with1(Code::Pushq_imm32, self.random.next() as i32),
+            5 => Instruction::with1(Code::Pushq_imm32, self.random.word() as i32),
             6 => Ok(Instruction::with(Code::Pushfq)),
             7 => Ok(load(Code::Lea_r64_m, r64(RSP), near(RSP, step.into()))),
             8 => Ok(with_constant(Code::Add_rm64_imm8, r64(RSP), step)),
@@ -406,7 +406,7 @@ impl<'a> Builder<'a> {
             }
             return number;
         }
-        let value = self.random.next() as i32;
+        let value = self.random.word() as i32;
         let i = match self.random.below(4) {
             0 => with_constant(Code::Mov_r32_imm32, r32(r), value),
             1 => with_constant(Code::Mov_rm64_imm32, r64(r), value),

@@ -132,7 +132,7 @@ fn register(kind: Kind, random: &mut Random) -> Option<Register> {
 }
 
 fn immediate(i: &mut Instruction, n: u32, kind: Kind, earlier: u32, random: &mut Random) -> Option<()> {
-    let value = if random.chance(50) { random.next() } else { random.below(70) };
+    let value = if random.chance(50) { random.word() } else { random.below(70) };
     let (op, value) = match kind {
         Kind::imm8 if earlier > 0 => {
             i.set_op_kind(n, OpKind::Immediate8_2nd);

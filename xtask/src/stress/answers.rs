@@ -1,0 +1,50 @@
+//! The programs on this host.
+
+use std::io::{BufRead, BufReader, Write};
+use std::path::Path;
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+
+use anyhow::{Context, Result, bail, ensure};
+
+/// A process that runs programs here.
+pub struct Answers {
+    child: Child,
+    names: ChildStdin,
+    digests: BufReader<ChildStdout>,
+}
+
+impl Answers {
+    /// Starts it.
+    pub fn start(program: &Path) -> Result<Answers> {
+        let mut child = Command::new(program)
+            .arg("answer")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .with_context(|| format!("starting {}", program.display()))?;
+        let names = child.stdin.take().expect("standard input is a pipe");
+        let digests = BufReader::new(child.stdout.take().expect("standard output is a pipe"));
+        Ok(Answers { child, names, digests })
+    }
+
+    /// Runs a program and gives the digest that it finds.
+    pub fn find(&mut self, name: &str) -> Result<String> {
+        writeln!(self.names, "{name}").context("naming a program")?;
+        let mut line = String::new();
+        self.digests.read_line(&mut line).context("reading what a program found")?;
+        let found = line.trim_end();
+        ensure!(!found.is_empty(), "the programs on this host ended at {name}");
+        if u64::from_str_radix(found, 16).is_err() {
+            bail!("{name} fails on this host as well: {found}");
+        }
+        Ok(found.to_owned())
+    }
+}
+
+impl Drop for Answers {
+    fn drop(&mut self) {
+        // Of a process that has ended there is nothing to end or to wait for.
+        self.child.kill().ok();
+        self.child.wait().ok();
+    }
+}
