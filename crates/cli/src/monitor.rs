@@ -12,6 +12,7 @@ const LINE_LIMIT: usize = 256;
 /// The commands.
 const HELP: &str = "\
 info      what the machine is doing
+stats     what its engine has counted
 pause     hold it
 resume    let it run on
 reset     reset it
@@ -71,6 +72,7 @@ pub fn command(line: &str, control: &Control) -> Answer {
     let text = match line.trim() {
         "" => return Answer::Leave,
         "info" | "i" => describe(&control.info()),
+        "stats" => counters(&control.info()),
         "pause" | "stop" => {
             control.pause();
             "paused\n".into()
@@ -114,11 +116,13 @@ pub fn describe(info: &MachineInfo) -> String {
         let held = if vcpu.held { ", held" } else { "" };
         let rip = vcpu.rip.map(|rip| format!(", rip {rip:#x}")).unwrap_or_default();
         let _ = writeln!(text, "vcpu{}: {activity}{held}{rip}", vcpu.id);
-        for (name, count) in &vcpu.counters {
-            let _ = writeln!(text, "  {name}: {count}");
-        }
     }
     text
+}
+
+/// What a machine's engine has counted, for people.
+pub fn counters(info: &MachineInfo) -> String {
+    info.counters.iter().map(|(name, count)| format!("  {name}: {count}\n")).collect()
 }
 
 #[cfg(test)]

@@ -20,7 +20,7 @@ Exit codes:
 const KEYS: &str = "\
 Keys, when the guest has the terminal:
   Ctrl-A x       end the machine
-  Ctrl-A c       monitor prompt: info, pause, resume, reset, shutdown, quit
+  Ctrl-A c       monitor prompt: info, stats, pause, resume, reset, shutdown, quit
   Ctrl-A h       list of these keys
   Ctrl-A Ctrl-A  send Ctrl-A to the guest
 ";
@@ -80,6 +80,15 @@ pub struct RunOptions {
     /// Run both tiers of the translator in lock-step and stop at the first difference.
     #[arg(long)]
     pub check: bool,
+    /// Write names of translated code to /tmp/perf-PID.map, for perf report.
+    #[arg(long)]
+    pub perf_map: bool,
+    /// Write translated code to DIR/jit-PID.dump, for perf inject --jit.
+    #[arg(long, value_name = "DIR")]
+    pub jitdump: Option<PathBuf>,
+    /// Write counters to this file at the end, as JSON.
+    #[arg(long, value_name = "FILE")]
+    pub stats: Option<PathBuf>,
     /// Give the guest a port, 0xf4, where writing v ends ruse with exit code v << 1 | 1.
     #[arg(long)]
     pub debug_exit: bool,

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::Write;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -10,7 +11,9 @@ use ruse_guest::DEFAULT_CMDLINE;
 use ruse_vmm::config::format_size;
 use ruse_vmm::doctor::{Choice, choose};
 use ruse_vmm::host::host_memory;
-use ruse_vmm::{Accel, Console, Control, Machine, MachineConfig, MachineError, SerialMode, engine_for};
+use ruse_vmm::{
+    Accel, Console, Control, Machine, MachineConfig, MachineError, MachineInfo, SerialMode, engine_for,
+};
 
 use crate::failure::Failure;
 use crate::options::RunOptions;
@@ -56,6 +59,8 @@ fn config(options: &RunOptions) -> MachineConfig {
         accel: options.accel,
         tier: options.tier,
         check: options.check,
+        perf_map: options.perf_map,
+        jitdump: options.jitdump.clone(),
         ..MachineConfig::new(kernel)
     }
 }
@@ -137,6 +142,7 @@ fn boot(
     started: Instant,
 ) -> Result<u8, Failure> {
     let serial = config.serial.clone();
+    let stats = options.stats.as_ref().map(|path| output_file("--stats", path)).transpose()?;
     let engine = engine_for(&config, choice).map_err(MachineError::from)?;
     tracing::info!(engine = engine.name(), reason = choice.reason, "engine chosen");
     let machine = Machine::load(config)?;
@@ -144,12 +150,7 @@ fn boot(
     let mut raw = None;
     let console = match serial {
         SerialMode::Null => Console::default(),
-        SerialMode::File(path) => {
-            let file = File::create(&path).map_err(|error| {
-                Failure::input(format!("--serial: cannot write '{}': {error}", path.display()))
-            })?;
-            Console::to_file(file)
-        }
+        SerialMode::File(path) => Console::to_file(output_file("--serial", &path)?),
         SerialMode::Stdio => {
             raw = RawMode::enter().context("cannot set up the terminal")?;
             console::stdio(raw.is_some(), &link)
@@ -161,19 +162,30 @@ fn boot(
     let signal = signals::watch(control.clone()).context("cannot handle signals")?;
     let outcome = running.wait();
     drop(raw);
+    let info = control.info();
     if options.verbose {
-        summarize(&control, started);
+        summarize(&control, &info, started);
+    }
+    if let Some(file) = stats {
+        serde_json::to_writer_pretty(file, &info).context("--stats: cannot write the counters")?;
     }
     Ok(outcome::finish(&outcome, signal.get().copied()))
 }
 
+/// Makes the file that an option names.
+fn output_file(option: &str, path: &Path) -> Result<File, Failure> {
+    File::create(path)
+        .map_err(|error| Failure::input(format!("{option}: cannot write '{}': {error}", path.display())))
+}
+
 /// Times and counters, on standard error.
-fn summarize(control: &Control, started: Instant) {
+fn summarize(control: &Control, info: &MachineInfo, started: Instant) {
     let mut text = String::new();
     if let Some(entered) = control.first_entry() {
         let ms = entered.saturating_duration_since(started).as_secs_f64() * 1000.0;
         text += &format!("process start to first guest instruction: {ms:.1} ms\n");
     }
-    text += &monitor::describe(&control.info());
+    text += &monitor::describe(info);
+    text += &monitor::counters(info);
     let _ = write!(std::io::stderr(), "{text}");
 }

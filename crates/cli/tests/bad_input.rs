@@ -93,6 +93,11 @@ fn options() {
     refused(&["--accel", "kvm", "--tier", "0"], &["contradict"]);
     refused(&["--check", "--tier", "1"], &["--check", "--tier", "contradict"]);
     refused(&["--tier", "7"], &["--tier"]);
+    refused(&["--accel", "kvm", "--perf-map"], &["--perf-map", "contradict"]);
+    refused(
+        &["--accel", "dbt", "--kernel", "/dev/null", "--stats", "/nowhere/stats"],
+        &["--stats", "/nowhere/stats"],
+    );
     refused(&["--cpu", "486"], &["--cpu", "max"]);
     refused(&["--serial", "tty"], &["--serial", "file=PATH"]);
     refused(&["--name", ""], &["--name"]);

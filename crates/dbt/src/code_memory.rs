@@ -4,9 +4,9 @@
 
 use std::{io, ptr::NonNull};
 
-use rustix::{
-    fs::{MemfdFlags, ftruncate, memfd_create},
-    mm::{Advice, MapFlags, MprotectFlags, ProtFlags, madvise, mmap, mmap_anonymous, mprotect, munmap},
+use rustix::mm::{
+    Advice, MapFlags, MprotectFlags, MremapFlags, ProtFlags, madvise, mmap_anonymous, mprotect, mremap,
+    munmap,
 };
 
 /// Bytes after which the writable mapping is trimmed; whole pages.
@@ -37,32 +37,25 @@ impl CodeMemory {
     }
 
     fn map_twice(size: usize) -> io::Result<Self> {
-        let fd = memfd_create("ruse-code", MemfdFlags::CLOEXEC)?;
-        ftruncate(&fd, size as u64)?;
-        let map = |prot| {
-            // SAFETY: a new mapping at an address that the kernel chooses.
-            let at = unsafe { mmap(std::ptr::null_mut(), size, prot, MapFlags::SHARED, &fd, 0) }?;
-            NonNull::new(at.cast::<u8>()).ok_or_else(|| io::Error::from(io::ErrorKind::OutOfMemory))
-        };
-        let rw = map(ProtFlags::READ | ProtFlags::WRITE)?;
-        match map(ProtFlags::READ | ProtFlags::EXEC) {
-            Ok(rx) => Ok(Self { rw, rx, size, used: 0, released: 0 }),
-            Err(error) => {
-                // SAFETY: mapped above with this size, and nobody else knows of it.
-                let _ = unsafe { munmap(rw.as_ptr().cast(), size) };
-                Err(error)
-            }
-        }
+        let mut memory = Self::map(size, MapFlags::SHARED)?;
+        // SAFETY: from an old size of 0, mremap(2) maps shared memory once more, where the kernel chooses.
+        memory.rx = mapped(unsafe { mremap(memory.rw.as_ptr().cast(), 0, size, MremapFlags::MAYMOVE) }?)?;
+        memory.protect(MprotectFlags::READ | MprotectFlags::EXEC)?;
+        Ok(memory)
     }
 
     fn map_once(size: usize) -> io::Result<Self> {
-        let prot = ProtFlags::READ | ProtFlags::WRITE;
-        // SAFETY: a new mapping at an address that the kernel chooses.
-        let at = unsafe { mmap_anonymous(std::ptr::null_mut(), size, prot, MapFlags::PRIVATE) }?;
-        let at = NonNull::new(at.cast::<u8>()).ok_or_else(|| io::Error::from(io::ErrorKind::OutOfMemory))?;
-        let memory = Self { rw: at, rx: at, size, used: 0, released: 0 };
+        let memory = Self::map(size, MapFlags::PRIVATE)?;
         memory.protect(MprotectFlags::READ | MprotectFlags::EXEC)?;
         Ok(memory)
+    }
+
+    /// A writable mapping. It is of no file, for only in such does Linux `perf` look for code that it can name.
+    fn map(size: usize, sharing: MapFlags) -> io::Result<Self> {
+        let prot = ProtFlags::READ | ProtFlags::WRITE;
+        // SAFETY: a new mapping at an address that the kernel chooses.
+        let at = mapped(unsafe { mmap_anonymous(std::ptr::null_mut(), size, prot, sharing) }?)?;
+        Ok(Self { rw: at, rx: at, size, used: 0, released: 0 })
     }
 
     /// Whether the writable and the executable mapping are two.
@@ -142,10 +135,15 @@ impl CodeMemory {
         self.released = full;
     }
 
+    /// Changes what the mapping allows from which code runs.
     fn protect(&self, flags: MprotectFlags) -> io::Result<()> {
         // SAFETY: the whole mapping belongs to `self`, and no reference leads into it.
-        Ok(unsafe { mprotect(self.rw.as_ptr().cast(), self.size, flags) }?)
+        Ok(unsafe { mprotect(self.rx.as_ptr().cast(), self.size, flags) }?)
     }
+}
+
+fn mapped(at: *mut std::ffi::c_void) -> io::Result<NonNull<u8>> {
+    NonNull::new(at.cast()).ok_or_else(|| io::ErrorKind::OutOfMemory.into())
 }
 
 impl Drop for CodeMemory {

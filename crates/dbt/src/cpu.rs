@@ -16,7 +16,7 @@ use ruse_arch::{
 };
 use ruse_engine::{Bus, Clock, CpuidTable, DoorbellReader, IoAddress};
 
-use crate::{backend::x86_64::groups::GROUPS, mmu::Mmu};
+use crate::{backend::x86_64::groups::GROUPS, counters::Counters, mmu::Mmu};
 
 /// What other threads ask of a vCPU; bits of [`Shared::requests`]. Any bit makes translated code return at the next
 /// block.
@@ -247,31 +247,6 @@ pub struct Cpu {
     pub doorbells: DoorbellReader,
     bus: Option<NonNull<dyn Bus>>,
     shared: NonNull<Shared>,
-}
-
-/// What the engine counts.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Counters {
-    /// Instructions that tier 0 executed.
-    pub tier0: u64,
-    /// TLB fills.
-    pub tlb_fills: u64,
-    /// Whole flushes of a TLB view.
-    pub tlb_flushes: u64,
-    /// Interrupts and exceptions delivered.
-    pub interrupts: u64,
-    /// Regions translated.
-    pub translations: u64,
-    /// Guest instructions translated.
-    pub translated_instructions: u64,
-    /// Bytes of host code made.
-    pub code_bytes: u64,
-    /// Entries into translated code from the dispatcher.
-    pub dispatches: u64,
-    /// Regions thrown away because their code was written.
-    pub invalidations: u64,
-    /// Nanoseconds spent in translation.
-    pub translation_ns: u64,
 }
 
 /// Allocation of one vCPU: the shared part lies right before the block, so that generated code reaches both.

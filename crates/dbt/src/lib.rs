@@ -5,6 +5,7 @@
 
 pub mod backend;
 pub mod code_memory;
+pub mod counters;
 pub mod cpu;
 pub mod cpuid;
 pub mod frontend;
@@ -15,4 +16,7 @@ pub mod runtime;
 pub mod single;
 pub mod tier0;
 
-pub use runtime::engine::{DbtEngine, DbtOptions};
+pub use runtime::{
+    engine::{DbtEngine, DbtOptions},
+    profile::ProfileOptions,
+};

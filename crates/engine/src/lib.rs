@@ -7,6 +7,7 @@
 pub mod apics;
 pub mod bus;
 pub mod clock;
+pub mod counters;
 pub mod cpuid;
 pub mod dirty;
 pub mod doorbell;
@@ -16,6 +17,7 @@ use std::sync::Arc;
 pub use apics::{LocalApics, Message, MessageSource};
 pub use bus::{Bus, MsrFault};
 pub use clock::{Clock, TscMeasurement};
+pub use counters::Counters;
 pub use cpuid::{CpuidEntry, CpuidTable};
 pub use dirty::{DirtyLog, WriteLog};
 pub use doorbell::{Doorbell, DoorbellReader, DoorbellTable, DoorbellValue, Doorbells, IoAddress};
@@ -105,9 +107,9 @@ pub trait Vcpu: Send {
     fn set_state(&mut self, state: &VcpuState) -> Result<(), EngineError>;
     /// The machine was held for a while: the guest's watchdogs are told, where it has asked for that.
     fn held(&mut self) {}
-    /// Counters of the engine, by name, for diagnosis.
-    fn counters(&self) -> Vec<(&'static str, u64)> {
-        Vec::new()
+    /// Counters of the engine, for diagnosis.
+    fn counters(&self) -> Counters {
+        Counters::default()
     }
 }
 

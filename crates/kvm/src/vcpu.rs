@@ -12,7 +12,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use ruse_arch::{MpState, VcpuState, msr};
-use ruse_engine::{Bus, EngineError, Halt, Vcpu, VcpuHandle, clock::host_tsc};
+use ruse_engine::{Bus, Counters, EngineError, Halt, Vcpu, VcpuHandle, clock::host_tsc};
 
 use crate::{clock, finish::Finisher, handle::Handle, ioctl, state, syscall_entry::SyscallEntry, vm::Shared};
 
@@ -28,12 +28,12 @@ pub struct KvmVcpu {
     syscall_entry: Option<SyscallEntry>,
     /// The last exit left an instruction unfinished, which the next KVM_RUN completes.
     unfinished: bool,
-    counters: Counters,
+    exits: Exits,
 }
 
 /// Exits by reason.
 #[derive(Default)]
-struct Counters {
+struct Exits {
     port: u64,
     mmio: u64,
     signal: u64,
@@ -58,8 +58,8 @@ impl KvmVcpu {
         vm.log.add_vcpu(&handle);
         vm.coalesced.find(&vm.fd, file).map_err(failed)?;
         let syscall_entry = vm.finish_syscalls.then(SyscallEntry::default);
-        let (unfinished, counters) = Default::default();
-        let this = Self { id, fd, vm, handle, finisher: None, syscall_entry, unfinished, counters };
+        let (unfinished, exits) = Default::default();
+        let this = Self { id, fd, vm, handle, finisher: None, syscall_entry, unfinished, exits };
         this.set_tsc_offset(this.vm.clock.tsc_offset()).map_err(|source| EngineError::Host {
             what: "cannot set the guest's time-stamp counter",
             source,
@@ -122,28 +122,28 @@ impl KvmVcpu {
         self.vm.coalesced.empty(id, bus);
         match exit {
             Ok(VcpuExit::IoIn(..) | VcpuExit::IoOut(..)) => {
-                self.counters.port += 1;
+                self.exits.port += 1;
                 self.unfinished = true;
                 port_access(self.fd.get_kvm_run(), id, bus);
             }
             Ok(VcpuExit::MmioRead(gpa, data)) => {
                 bus.mmio_read(id, gpa, data);
-                self.counters.mmio += 1;
+                self.exits.mmio += 1;
                 self.unfinished = true;
             }
             Ok(VcpuExit::MmioWrite(gpa, data)) => {
                 bus.mmio_write(id, gpa, data);
-                self.counters.mmio += 1;
+                self.exits.mmio += 1;
                 self.unfinished = true;
             }
             Ok(VcpuExit::IoapicEoi(vector)) => {
-                self.counters.eoi += 1;
+                self.exits.eoi += 1;
                 bus.end_of_interrupt(vector);
             }
-            Ok(VcpuExit::IrqWindowOpen) => self.counters.window += 1,
-            Ok(VcpuExit::Intr | VcpuExit::Hlt) => self.counters.signal += 1,
+            Ok(VcpuExit::IrqWindowOpen) => self.exits.window += 1,
+            Ok(VcpuExit::Intr | VcpuExit::Hlt) => self.exits.signal += 1,
             Ok(VcpuExit::Unsupported(KVM_EXIT_DIRTY_RING_FULL)) => {
-                self.counters.log += 1;
+                self.exits.log += 1;
                 self.vm
                     .make_room()
                     .map_err(|source| EngineError::Host { what: "KVM's dirty log", source })?;
@@ -162,7 +162,7 @@ impl KvmVcpu {
             }
             Ok(exit) => return Err(EngineError::Guest(format!("KVM left the guest for {exit:?}"))),
             // A vCPU that waits for its start-up IPI says EAGAIN.
-            Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => self.counters.signal += 1,
+            Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => self.exits.signal += 1,
             Err(error) => return Err(EngineError::Host { what: "KVM_RUN", source: error.into() }),
         }
         Ok(Next::Run)
@@ -298,17 +298,17 @@ impl Vcpu for KvmVcpu {
         let _ = self.fd.kvmclock_ctrl();
     }
 
-    fn counters(&self) -> Vec<(&'static str, u64)> {
-        let c = &self.counters;
-        vec![
-            ("port_exits", c.port),
-            ("mmio_exits", c.mmio),
-            ("signal_exits", c.signal),
-            ("window_exits", c.window),
-            ("eoi_exits", c.eoi),
-            ("log_exits", c.log),
-            ("finished_in_tier0", self.finisher.as_ref().map_or(0, Finisher::total)),
-            ("finished_syscalls", self.syscall_entry.as_ref().map_or(0, SyscallEntry::total)),
-        ]
+    fn counters(&self) -> Counters {
+        let exits = &self.exits;
+        Counters::from_iter([
+            ("exits.port", exits.port),
+            ("exits.mmio", exits.mmio),
+            ("exits.signal", exits.signal),
+            ("exits.window", exits.window),
+            ("exits.eoi", exits.eoi),
+            ("exits.log", exits.log),
+            ("finished.in_tier0", self.finisher.as_ref().map_or(0, Finisher::total)),
+            ("finished.syscalls", self.syscall_entry.as_ref().map_or(0, SyscallEntry::total)),
+        ])
     }
 }

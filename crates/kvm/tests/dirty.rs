@@ -211,8 +211,7 @@ fn check_many(engine: &dyn Engine, may_overflow: bool) {
     Recorder::default().run(&mut *rig.vcpu);
     let taken = log.take().unwrap();
     let data: Vec<_> = taken.iter().flat_map(DirtyPages::pages).filter(|&page| page >= LOW).collect();
-    let counters = rig.vcpu.counters();
-    let exits = counters.iter().find(|(name, _)| *name == "log_exits").map_or(0, |(_, count)| *count);
+    let exits = rig.vcpu.counters().get("exits.log");
     println!("FIGURE {}: {} pages of {MANY}, {exits} exits", engine.name(), data.len());
     let overflow = may_overflow && data.len() as u64 == MANY + OTHERS;
     assert!(overflow || data.len() as u64 == MANY, "{} pages, {exits} exits", data.len());

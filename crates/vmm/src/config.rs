@@ -98,6 +98,10 @@ pub struct MachineConfig {
     pub tier: Option<u8>,
     /// Run both executors of the translator in lock-step and compare.
     pub check: bool,
+    /// Write names of translated code for `perf report`.
+    pub perf_map: bool,
+    /// Write translated code for `perf inject --jit` into a file in this directory.
+    pub jitdump: Option<PathBuf>,
 }
 
 impl MachineConfig {
@@ -116,6 +120,8 @@ impl MachineConfig {
             accel: Accel::default(),
             tier: None,
             check: false,
+            perf_map: false,
+            jitdump: None,
         }
     }
 
@@ -169,19 +175,25 @@ impl MachineConfig {
                 why: "the check runs both tiers",
             });
         }
-        let option = match (self.tier, self.check) {
-            (Some(_), _) => "--tier",
-            (None, true) => "--check",
-            (None, false) => return Ok(()),
-        };
-        if self.accel == Accel::Kvm {
-            return Err(ConfigError::Contradiction {
+        match self.translator_option() {
+            Some(option) if self.accel == Accel::Kvm => Err(ConfigError::Contradiction {
                 one: option,
                 other: "--accel kvm",
-                why: "only the translator has tiers",
-            });
+                why: "it is of the translator",
+            }),
+            _ => Ok(()),
         }
-        Ok(())
+    }
+
+    /// An option that only the translator has.
+    pub(crate) fn translator_option(&self) -> Option<&'static str> {
+        let options = [
+            ("--tier", self.tier.is_some()),
+            ("--check", self.check),
+            ("--perf-map", self.perf_map),
+            ("--jitdump", self.jitdump.is_some()),
+        ];
+        options.into_iter().find_map(|(name, given)| given.then_some(name))
     }
 }
 
@@ -300,6 +312,8 @@ mod tests {
         assert!(both.contains("--check and --tier"), "{both}");
         let kvm = with(|c| (c.tier, c.accel) = (Some(0), Accel::Kvm)).unwrap_err().to_string();
         assert!(kvm.contains("--accel kvm"), "{kvm}");
+        let profile = with(|c| (c.perf_map, c.accel) = (true, Accel::Kvm)).unwrap_err().to_string();
+        assert!(profile.contains("--perf-map and --accel kvm"), "{profile}");
         assert_eq!(with(|c| c.tier = Some(2)), Err(ConfigError::Tier));
         assert_eq!(with(|c| c.name.clear()), Err(ConfigError::Name));
     }

@@ -91,13 +91,13 @@ pub enum ChoiceError {
 /// instructions; a KVM that is software itself is slower than the translator by far.
 pub fn choose(config: &MachineConfig) -> Choice {
     let asked = |engine| Choice { engine, reason: "asked for".into() };
-    match config.accel {
-        Accel::Kvm => asked(Accel::Kvm),
-        Accel::Dbt => asked(Accel::Dbt),
-        Accel::Auto if config.tier.is_some() || config.check => {
-            Choice { engine: Accel::Dbt, reason: "--tier and --check are of the translator".into() }
+    match (config.accel, config.translator_option()) {
+        (Accel::Kvm, _) => asked(Accel::Kvm),
+        (Accel::Dbt, _) => asked(Accel::Dbt),
+        (Accel::Auto, Some(option)) => {
+            Choice { engine: Accel::Dbt, reason: format!("{option} is of the translator") }
         }
-        Accel::Auto => KvmReport::collect().choice(),
+        (Accel::Auto, None) => KvmReport::collect().choice(),
     }
 }
 

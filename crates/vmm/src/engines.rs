@@ -1,6 +1,6 @@
 //! Makes the engine that was chosen.
 
-use ruse_dbt::{DbtEngine, DbtOptions};
+use ruse_dbt::{DbtEngine, DbtOptions, ProfileOptions};
 use ruse_engine::Engine;
 use ruse_kvm::KvmEngine;
 
@@ -12,7 +12,9 @@ pub fn engine_for(config: &MachineConfig, choice: &Choice) -> Result<Box<dyn Eng
     Ok(match choice.engine {
         Accel::Kvm => Box::new(KvmEngine::open()?),
         Accel::Dbt | Accel::Auto => {
-            Box::new(DbtEngine::new(DbtOptions { tier: config.tier, check: config.check }))
+            let options = DbtOptions { tier: config.tier, check: config.check };
+            let profile = ProfileOptions { perf_map: config.perf_map, jitdump: config.jitdump.clone() };
+            Box::new(DbtEngine::with_profile(options, profile))
         }
     })
 }

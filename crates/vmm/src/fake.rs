@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use ruse_arch::{MpState, VcpuState};
 use ruse_engine::{
-    Bus, Capabilities, Clock, CpuidTable, DoorbellTable, Doorbells, Engine, EngineError, Halt, Vcpu,
-    VcpuHandle, Vm, WriteLog,
+    Bus, Capabilities, Clock, Counters, CpuidTable, DoorbellTable, Doorbells, Engine, EngineError, Halt,
+    Vcpu, VcpuHandle, Vm, WriteLog,
 };
 use ruse_memory::GuestRam;
 
@@ -122,8 +122,8 @@ impl Vcpu for FakeVcpu {
         self.steps = 0;
         Ok(())
     }
-    fn counters(&self) -> Vec<(&'static str, u64)> {
-        vec![("steps", self.steps.into())]
+    fn counters(&self) -> Counters {
+        Counters::from_iter([("steps", self.steps.into())])
     }
 }
 

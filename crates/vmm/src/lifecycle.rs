@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use ruse_arch::VcpuState;
 use ruse_devices::Power;
+use ruse_engine::Counters;
 use rustix::event::{EventfdFlags, eventfd};
 use serde::Serialize;
 
@@ -66,7 +67,7 @@ struct VcpuLife {
     parked: bool,
     reports: u64,
     state: Option<Box<VcpuState>>,
-    counters: Vec<(&'static str, u64)>,
+    counters: Counters,
 }
 
 /// The lifecycle of a machine.
@@ -245,7 +246,7 @@ impl Lifecycle {
     }
 
     /// vCPU `id` has left the guest in this state.
-    pub(crate) fn report(&self, id: u32, state: Option<VcpuState>, counters: Vec<(&'static str, u64)>) {
+    pub(crate) fn report(&self, id: u32, state: Option<VcpuState>, counters: Counters) {
         let mut life = lock(&self.life);
         if let Some(vcpu) = life.vcpus.get_mut(id as usize) {
             vcpu.reports += 1;

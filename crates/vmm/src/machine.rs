@@ -10,7 +10,7 @@ use ruse_devices::bus::MapError;
 use ruse_devices::lapic::TIMER_HZ;
 use ruse_devices::post::POST_PORT;
 use ruse_devices::rtc::{Rtc, RtcConfig};
-use ruse_engine::{Clock, Engine, EngineError, IoAddress, TscMeasurement, Vcpu, Vm};
+use ruse_engine::{Clock, Counters, Engine, EngineError, IoAddress, TscMeasurement, Vcpu, Vm};
 use ruse_loader::{AcpiConfig, EntryChoice, Image, LoadError, LoadRequest, Module};
 use ruse_memory::{GuestRam, LOW_RAM_END, MemoryError};
 
@@ -289,13 +289,17 @@ impl Control {
     }
     /// What the machine is doing, in detail. Waits a fraction of a second for vCPUs that do not answer.
     pub fn info(&self) -> MachineInfo {
+        let vcpus = self.board.lifecycle.reports(|| self.board.kick_all());
+        let mut counters = Counters::default();
+        vcpus.iter().for_each(|vcpu| counters.add(&vcpu.counters));
         MachineInfo {
             name: self.config.name.clone(),
             phase: self.phase(),
             engine: self.engine,
             memory: self.config.memory,
             uptime_ns: self.board.clock.now_ns(),
-            vcpus: self.board.lifecycle.reports(|| self.board.kick_all()),
+            vcpus,
+            counters,
         }
     }
 }

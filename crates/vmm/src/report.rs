@@ -1,6 +1,7 @@
 //! What a machine tells about itself.
 
 use ruse_arch::{MpState, VcpuState};
+use ruse_engine::Counters;
 use serde::Serialize;
 
 use crate::dump::CpuDump;
@@ -68,16 +69,11 @@ pub struct VcpuReport {
     /// Its instruction pointer.
     pub rip: Option<u64>,
     /// Counters of the engine.
-    pub counters: Vec<(&'static str, u64)>,
+    pub counters: Counters,
 }
 
 impl VcpuReport {
-    pub(crate) fn new(
-        id: u32,
-        held: bool,
-        state: Option<&VcpuState>,
-        counters: &[(&'static str, u64)],
-    ) -> Self {
+    pub(crate) fn new(id: u32, held: bool, state: Option<&VcpuState>, counters: &Counters) -> Self {
         let activity = match state.map(|s| s.mp_state) {
             Some(MpState::Running) => Activity::Running,
             Some(MpState::Halted) => Activity::Halted,
@@ -85,7 +81,7 @@ impl VcpuReport {
             Some(MpState::Shutdown) => Activity::Shutdown,
             None => Activity::Unknown,
         };
-        Self { id, held, activity, rip: state.map(|s| s.rip), counters: counters.to_vec() }
+        Self { id, held, activity, rip: state.map(|s| s.rip), counters: counters.clone() }
     }
 }
 
@@ -104,4 +100,6 @@ pub struct MachineInfo {
     pub uptime_ns: u64,
     /// Its vCPUs.
     pub vcpus: Vec<VcpuReport>,
+    /// The counters of all of them.
+    pub counters: Counters,
 }

@@ -171,6 +171,19 @@ module {two}
 }
 
 #[test]
+fn counters_are_written_and_printed_at_the_end() {
+    let bare = Bare::flat(image!(guest_real_mode, guest_real_mode_end));
+    let file = bare.file("stats", "");
+    let ended = bare.run(&["-v", "--stats", &file]).with_code(33);
+    let stats: serde_json::Value = serde_json::from_slice(&std::fs::read(file).unwrap()).unwrap();
+    let count = |path: &str| stats.pointer(path).and_then(|count| count.as_u64()).unwrap();
+    let executed = count("/counters/tier0");
+    assert!(executed > 100 && count("/counters/tier0.out") > 10, "{stats}");
+    assert_eq!(count("/vcpus/0/counters/tier0"), executed);
+    assert!(ended.messages.contains(&format!("  tier0: {executed}\n")), "{}", ended.messages);
+}
+
+#[test]
 fn a_triple_fault_has_its_exit_code_and_shows_the_state() {
     let bare = Bare::flat(image!(guest_triple_fault, guest_triple_fault_end));
     for tier in ["0", "1"] {

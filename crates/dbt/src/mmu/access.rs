@@ -50,6 +50,7 @@ impl Cpu {
     #[cold]
     fn place_slow(&mut self, la: u64, access: Access, who: Who) -> Result<Place, Exception> {
         let rights = self.privilege(who);
+        self.counters.miss(access, rights.user);
         let mode = self.paging;
         let fault = |error| Exception::pf(la, error);
         let (found, host) = self.mmu.fill(&mode, la, access, rights).map_err(fault)?;

@@ -86,10 +86,10 @@ pub struct Mmu {
     kernel_code_global: bool,
     /// Entries of this vCPU that may write, by page.
     writers: Writers,
-    /// Fills made, for the counters.
-    pub fills: u64,
-    /// Flushes of views made, for the counters.
-    pub flushes: u64,
+    /// Fills made, views flushed, pages flushed.
+    fills: u64,
+    flushes: u64,
+    page_flushes: u64,
 }
 
 impl Mmu {
@@ -111,9 +111,19 @@ impl Mmu {
             kernel_code_global: true,
             fills: 0,
             flushes: 0,
+            page_flushes: 0,
         };
         mmu.spaces.push(mmu.new_space(0));
         mmu
+    }
+
+    /// What it counts.
+    pub fn counters(&self) -> [(&'static str, u64); 3] {
+        [
+            ("tlb.fills", self.fills),
+            ("tlb.flushes.views", self.flushes),
+            ("tlb.flushes.pages", self.page_flushes),
+        ]
     }
 
     /// The RAM behind.
@@ -222,6 +232,7 @@ impl Mmu {
 
     /// The page of `va` goes in all address spaces (INVLPG; more than INVPCID type 0 asks for).
     pub fn flush_page(&mut self, va: u64) {
+        self.page_flushes += 1;
         let mut code = false;
         for space in &mut self.spaces {
             let mut here = false;

@@ -4,12 +4,13 @@
 use std::{
     collections::HashMap,
     hash::{BuildHasherDefault, Hash, Hasher},
+    sync::Arc,
 };
 
 use hashbrown::HashTable;
 use iced_x86::{Encoder, InstructionInfoFactory};
 
-use super::marks::Marks;
+use super::{marks::Marks, profile::Profile};
 use crate::{
     backend::x86_64::{
         emit::{self, Code, Emitter},
@@ -152,12 +153,25 @@ pub struct Blocks {
     marks: Marks,
     by_page: Map<u64, Vec<u32>>,
     links: Vec<Link>,
-    /// Blocks made since the last call that asked.
-    pub made: u64,
-    /// Guest instructions in them.
-    pub made_instructions: u64,
-    /// Blocks thrown away.
-    pub dropped: u64,
+    counts: Counts,
+    /// Who wants to know of new code.
+    profile: Option<Arc<Profile>>,
+}
+
+/// What the store counts.
+#[derive(Default)]
+struct Counts {
+    made: u64,
+    /// Of those that were made: without groups of accesses, guest instructions, bytes of the guest's and of host code.
+    plain: u64,
+    instructions: u64,
+    guest_bytes: u64,
+    host_bytes: u64,
+    lookups: u64,
+    links: u64,
+    /// Thrown away because their code was written, and how often everything was for want of room.
+    dropped: u64,
+    cleared: u64,
 }
 
 impl Blocks {
@@ -179,10 +193,18 @@ impl Blocks {
             marks: Marks::default(),
             by_page: Map::default(),
             links: Vec::new(),
-            made: 0,
-            made_instructions: 0,
-            dropped: 0,
+            counts: Counts::default(),
+            profile: None,
         })
+    }
+
+    /// New code is made known to `profile` from now on.
+    pub fn tell(&mut self, profile: Arc<Profile>) {
+        let at = self.memory.rx_ptr();
+        // SAFETY: readable memory that holds the shared code, which nothing changes any more.
+        let code = unsafe { std::slice::from_raw_parts(at, self.thunks_end) };
+        profile.add("shared_code", at as u64, code);
+        self.profile = Some(profile);
     }
 
     /// The shared code.
@@ -202,13 +224,25 @@ impl Blocks {
         base + u64::from(low.wrapping_sub(base as u32))
     }
 
-    /// Bytes of generated code.
-    pub fn used(&self) -> usize {
-        self.memory.used()
+    /// What it counts.
+    pub fn counters(&self) -> [(&'static str, u64); 9] {
+        let c = &self.counts;
+        [
+            ("blocks.made", c.made),
+            ("blocks.made.plain", c.plain),
+            ("blocks.lookups", c.lookups),
+            ("blocks.links", c.links),
+            ("blocks.dropped", c.dropped),
+            ("blocks.cleared", c.cleared),
+            ("translation.instructions", c.instructions),
+            ("translation.guest_bytes", c.guest_bytes),
+            ("translation.host_bytes", c.host_bytes),
+        ]
     }
 
     /// The block for the code at `va` on the page at host address `page`, if there is one.
-    pub fn find(&self, va: u64, page: u64, mode: CodeMode) -> Option<u32> {
+    pub fn find(&mut self, va: u64, page: u64, mode: CodeMode) -> Option<u32> {
+        self.counts.lookups += 1;
         let key = Key { va, page, mode: mode.bits() };
         self.by_key.find(key.hash(), |&id| self.blocks[id as usize].key() == key).copied()
     }
@@ -247,7 +281,12 @@ impl Blocks {
         // A second page may be another one when the links of a block are used that lead to itself.
         let grouped = !mode.plain && source.second.is_none();
         let Code { bytes, links, marks } = emitter.emit(region, grouped);
-        self.memory.push(&bytes, 16)?;
+        let at = self.memory.push(&bytes, 16)?;
+        if let Some(profile) = &self.profile {
+            let (half, plain) =
+                (if mode.kernel { "kernel" } else { "user" }, if mode.plain { ".plain" } else { "" });
+            profile.add(&format!("{half}_{:x}{plain}", region.start), at as u64, &bytes);
+        }
         let absolute = |at: u32| at + offset as u32;
         self.links.extend(links.iter().map(|l| Link {
             target: l.target,
@@ -277,8 +316,11 @@ impl Blocks {
         for page in [Some(source.page), source.second].into_iter().flatten() {
             self.by_page.entry(page).or_default().push(id);
         }
-        self.made += 1;
-        self.made_instructions += region.nodes.len() as u64;
+        self.counts.made += 1;
+        self.counts.plain += u64::from(mode.plain);
+        self.counts.instructions += region.nodes.len() as u64;
+        self.counts.guest_bytes += region.end.wrapping_sub(region.start);
+        self.counts.host_bytes += bytes.len() as u64;
         Some(id)
     }
 
@@ -293,6 +335,7 @@ impl Blocks {
     pub fn resolve(&mut self, link: u32, block: u32, generation: u32) {
         let Some(old) = self.links.get(link as usize).map(|l| l.to) else { return };
         if old != block {
+            self.counts.links += 1;
             self.detach(link, old);
             let l = &mut self.links[link as usize];
             l.to = block;
@@ -358,7 +401,7 @@ impl Blocks {
                 entry.remove();
             }
             self.unlink(id);
-            self.dropped += 1;
+            self.counts.dropped += 1;
             false
         });
         let dropped = list.len() != before;
@@ -370,6 +413,7 @@ impl Blocks {
 
     /// Throws everything away; returns the pages that had blocks.
     pub fn clear(&mut self) -> Vec<u64> {
+        self.counts.cleared += 1;
         self.memory.truncate(self.thunks_end);
         self.blocks.clear();
         self.by_key.clear();

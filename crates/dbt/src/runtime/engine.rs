@@ -11,7 +11,10 @@ use ruse_engine::{
 };
 use ruse_memory::GuestRam;
 
-use super::vcpu::DbtVcpu;
+use super::{
+    profile::{Profile, ProfileOptions},
+    vcpu::DbtVcpu,
+};
 use crate::{
     cpu::{Arena, CpuBox, request},
     cpuid,
@@ -34,12 +37,18 @@ pub struct DbtOptions {
 /// Runs guest CPUs by dynamic binary translation.
 pub struct DbtEngine {
     options: DbtOptions,
+    profile: ProfileOptions,
 }
 
 impl DbtEngine {
     /// An engine with these choices.
     pub fn new(options: DbtOptions) -> Self {
-        Self { options }
+        Self { options, profile: ProfileOptions::default() }
+    }
+
+    /// An engine that writes for `perf` what it translates.
+    pub fn with_profile(options: DbtOptions, profile: ProfileOptions) -> Self {
+        Self { options, profile }
     }
 }
 
@@ -63,6 +72,8 @@ impl Engine for DbtEngine {
                 source: std::io::ErrorKind::Unsupported.into(),
             });
         }
+        let profile = Profile::start(&self.profile)
+            .map_err(|source| EngineError::Host { what: "cannot write files for perf", source })?;
         let code = CodeMap::new(ram.clone());
         Ok(Arc::new(DbtVm {
             ram,
@@ -71,6 +82,7 @@ impl Engine for DbtEngine {
             doorbells: Arc::default(),
             guest_clock: Arc::default(),
             options: self.options,
+            profile,
         }))
     }
 }
@@ -82,6 +94,7 @@ struct DbtVm {
     doorbells: Arc<DoorbellTable>,
     guest_clock: Arc<VmClock>,
     options: DbtOptions,
+    profile: Option<Arc<Profile>>,
 }
 
 impl Vm for DbtVm {
@@ -93,8 +106,11 @@ impl Vm for DbtVm {
         let mut cpu = CpuBox::new(id, cpuid, self.clock.clone(), mmu);
         cpu.doorbells = self.doorbells.reader();
         cpu.paravirt.share(self.guest_clock.clone());
-        let vcpu = DbtVcpu::new(cpu, self.options)
+        let mut vcpu = DbtVcpu::new(cpu, self.options)
             .map_err(|source| EngineError::Host { what: "cannot make memory for generated code", source })?;
+        if let Some(profile) = &self.profile {
+            vcpu.blocks.tell(profile.clone());
+        }
         Ok(Box::new(vcpu))
     }
 

@@ -2,6 +2,7 @@
 
 use std::sync::atomic::Ordering;
 
+use iced_x86::Mnemonic;
 use ruse_arch::{Exception, MpState, flags::rflags, paging::Access};
 
 use crate::{
@@ -42,6 +43,7 @@ pub unsafe extern "C" fn slow_access(cpu: u64, va: u64, kind: u64, pc: u64) -> u
     let cpu = unsafe { &mut *(cpu as *mut Cpu) };
     // Generated code changes AC and the view with it; the MMU must know before it fills.
     cpu.select_view();
+    cpu.counters.helpers.access += 1;
     let size = (kind & 0xff) as usize;
     let access = if kind >> 8 & 1 != 0 { Access::Write } else { Access::Read };
     if cpu.is_canonical(va) && va.wrapping_add(size as u64 - 1) >= va {
@@ -55,6 +57,7 @@ pub unsafe extern "C" fn slow_access(cpu: u64, va: u64, kind: u64, pc: u64) -> u
             return host;
         }
     }
+    cpu.counters.helpers.access_refused += 1;
     cpu.exit_value = pc - 1;
     0
 }
@@ -68,15 +71,16 @@ pub unsafe extern "C" fn slow_group(cpu: u64, va: u64, kind: u64) -> u64 {
     // SAFETY: as in `slow_access`.
     let cpu = unsafe { &mut *(cpu as *mut Cpu) };
     cpu.select_view();
+    cpu.counters.helpers.group += 1;
     let size = (kind & 0xff) as usize;
     let access = if kind >> 8 & 1 != 0 { Access::Write } else { Access::Read };
-    if !cpu.is_canonical(va) {
-        return 0;
+    if cpu.is_canonical(va)
+        && let Ok(Place::Ram(host)) = cpu.place(va, size, access, Who::Current)
+    {
+        return host as u64;
     }
-    match cpu.place(va, size, access, Who::Current) {
-        Ok(Place::Ram(host)) => host as u64,
-        _ => 0,
-    }
+    cpu.counters.helpers.group_refused += 1;
+    0
 }
 
 /// Tier 0 executes the instruction of `len` bytes at `rip` in the middle of a region: 1 if the region goes on, 0 if it is
@@ -102,7 +106,10 @@ pub unsafe extern "C" fn step(cpu: u64, rip: u64, len: u64) -> u64 {
     cpu.exit_value = cpu.rip;
     // The code behind may have been written: by the instruction, or by another vCPU before a CPUID, which serializes.
     let stays = cpu.written_code.is_empty() && cpu.shared().requests.load(Ordering::SeqCst) == 0;
-    u64::from(done && cpu.rip == rip.wrapping_add(len) && stays)
+    let goes_on = done && cpu.rip == rip.wrapping_add(len) && stays;
+    cpu.counters.helpers.step += 1;
+    cpu.counters.helpers.step_left += u64::from(!goes_on);
+    u64::from(goes_on)
 }
 
 /// Tier 0 executes the instruction at `rip`, which may lead anywhere: the address of the translated code there, or 0 if
@@ -124,7 +131,7 @@ pub unsafe extern "C" fn interpret(cpu: u64, rip: u64) -> u64 {
 pub unsafe extern "C" fn system_call(cpu: u64, rip: u64, len: u64) -> u64 {
     // SAFETY: as in `slow_access`.
     let cpu = unsafe { &mut *(cpu as *mut Cpu) };
-    lead_on(cpu, rip, |cpu| tier0::step_known(cpu, len, tier0::system_call))
+    lead_on(cpu, rip, |cpu| tier0::step_known(cpu, Mnemonic::Syscall, len, tier0::system_call))
 }
 
 /// As [`system_call`], for a SYSRET to 64-bit code.
@@ -134,7 +141,7 @@ pub unsafe extern "C" fn system_call(cpu: u64, rip: u64, len: u64) -> u64 {
 pub unsafe extern "C" fn system_return(cpu: u64, rip: u64, len: u64) -> u64 {
     // SAFETY: as in `slow_access`.
     let cpu = unsafe { &mut *(cpu as *mut Cpu) };
-    lead_on(cpu, rip, |cpu| tier0::step_known(cpu, len, tier0::system_return))
+    lead_on(cpu, rip, |cpu| tier0::step_known(cpu, Mnemonic::Sysretq, len, tier0::system_return))
 }
 
 /// Executes the instruction at `rip` by `step`: the address of the translated code to which it leads, or 0 if generated code
@@ -146,12 +153,17 @@ fn lead_on(cpu: &mut Cpu, rip: u64, step: impl FnOnce(&mut Cpu) -> Result<(), Ex
     let result = step(cpu);
     cpu.arith = cpu.rflags & rflags::ARITH | rflags::FIXED;
     cpu.exit_value = cpu.rip;
-    if let Err(fault) = result {
-        // Delivered before the next instruction.
-        cpu.exception = Some(fault);
-        return 0;
-    }
-    next_code(cpu).map_or(0, |host| host as u64)
+    let next = match result {
+        Ok(()) => next_code(cpu),
+        Err(fault) => {
+            // Delivered before the next instruction.
+            cpu.exception = Some(fault);
+            None
+        }
+    };
+    cpu.counters.helpers.interpret += 1;
+    cpu.counters.helpers.interpret_left += u64::from(next.is_none());
+    next.map_or(0, |host| host as u64)
 }
 
 /// The ways to execute an instruction that may lead anywhere.

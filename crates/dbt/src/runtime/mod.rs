@@ -9,6 +9,7 @@ mod enter;
 mod fault;
 mod marks;
 mod mode;
+pub mod profile;
 #[cfg(test)]
 mod system_tests;
 #[cfg(test)]

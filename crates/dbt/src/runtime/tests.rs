@@ -7,7 +7,11 @@ use ruse_arch::{
 };
 use ruse_engine::{Halt, Vcpu};
 
-use super::{engine::DbtOptions, vcpu::DbtVcpu};
+use super::{
+    engine::DbtOptions,
+    profile::{Profile, ProfileOptions},
+    vcpu::DbtVcpu,
+};
 use crate::tier0::testing::{CODE, DATA, Machine, NullBus};
 
 /// A vCPU with the program at [`CODE`], and the exception with which it ended (they end with UD2).
@@ -357,4 +361,56 @@ fn code_that_tier_0_writes_from_within_the_region_is_noticed() {
         a.mov(eax, 1u32).unwrap();
     });
     assert_eq!(result(&vcpu), 42);
+}
+
+#[test]
+fn what_happens_is_counted() {
+    let mut machine = Machine::long();
+    machine.unmap(DATA + 0x1000);
+    let (vcpu, _) = run_in(machine, |a| {
+        a.mov(rbx, DATA).unwrap();
+        a.mov(rax, qword_ptr(rbx)).unwrap();
+        a.mov(rax, qword_ptr(rbx + 0x400)).unwrap();
+        a.mov(qword_ptr(rbx + 0x400), rax).unwrap();
+        a.mov(qword_ptr(rbx + 0x4000), rax).unwrap();
+        a.mov(rsi, rbx).unwrap();
+        a.lodsb().unwrap();
+        a.lodsb().unwrap();
+        a.mov(qword_ptr(rbx + 0x1000), rax).unwrap();
+    });
+    let counters = vcpu.counters();
+    let expected = [
+        ("tlb.misses.read.kernel", 1),
+        ("tlb.misses.fetch.kernel", 1),
+        ("tlb.misses.read.user", 0),
+        ("tier0.lodsb", 2),
+        ("tier0.mov", 1),
+        ("helpers.step", 2),
+        ("helpers.step.left", 0),
+        ("helpers.access.refused", 1),
+        ("exits.fault", 1),
+        ("translation.instructions", 10),
+    ];
+    for (name, count) in expected {
+        assert_eq!(counters.get(name), count, "{name} of {counters:?}");
+    }
+    assert!(counters.get("translation.host_bytes") > counters.get("translation.guest_bytes"));
+    assert!(counters.get("translation.ns") > 0);
+}
+
+#[test]
+fn a_dump_names_what_is_translated() {
+    let directory = tempfile::tempdir().unwrap();
+    let options = ProfileOptions { jitdump: Some(directory.path().to_owned()), ..ProfileOptions::default() };
+    let mut machine = Machine::long();
+    machine.load(&assemble(|a| a.mov(eax, 7u32).unwrap()));
+    let mut vcpu = DbtVcpu::new(machine.cpu, DbtOptions::default()).unwrap();
+    vcpu.blocks.tell(Profile::start(&options).unwrap().unwrap());
+    vcpu.run_until_fault(&NullBus);
+    let file = directory.path().join(format!("jit-{}.dump", std::process::id()));
+    let bytes = std::fs::read(file).unwrap();
+    let has = |what: &[u8]| bytes.windows(what.len()).any(|window| window == what);
+    assert!(has(b"shared_code\0"));
+    // mov eax, 7
+    assert!(has(format!("kernel_{CODE:x}\0").as_bytes()) && has(&[0xb8, 7, 0, 0, 0]));
 }

@@ -9,7 +9,7 @@ use ruse_arch::{
     paging::{Access, is_canonical},
     state::{reg, seg},
 };
-use ruse_engine::{Bus, EngineError, Halt, Vcpu, VcpuHandle};
+use ruse_engine::{Bus, Counters, EngineError, Halt, Vcpu, VcpuHandle};
 
 use super::{
     blocks::{Blocks, Source},
@@ -152,7 +152,10 @@ impl DbtVcpu {
     }
 
     fn deliver(&mut self, event: Event) -> Result<(), interrupt::Shutdown> {
-        self.cpu.counters.interrupts += 1;
+        match event {
+            Event::Exception(exception) => self.cpu.counters.exception(exception.vector),
+            _ => self.cpu.counters.interrupts += 1,
+        }
         if matches!(event, Event::Interrupt(_)) {
             paravirt::steal::tell(&mut self.cpu);
         }
@@ -416,6 +419,7 @@ impl DbtVcpu {
         unsafe { enter::enter(thunk, entry) };
         self.peer.set_running(false);
         let cpu = &mut *self.cpu;
+        cpu.counters.exit(cpu.exit_reason);
         cpu.rflags = cpu.rflags & !rflags::ARITH | cpu.arith & rflags::ARITH;
         match cpu.exit_reason {
             exit::LINK => {
@@ -536,20 +540,11 @@ impl Vcpu for DbtVcpu {
         paravirt::clock::held(&mut self.cpu);
     }
 
-    fn counters(&self) -> Vec<(&'static str, u64)> {
-        let c = &self.cpu.counters;
-        vec![
-            ("tier0_instructions", c.tier0),
-            ("dispatches", c.dispatches),
-            ("events", c.interrupts),
-            ("tlb_fills", self.cpu.mmu.fills),
-            ("tlb_flushes", self.cpu.mmu.flushes),
-            ("blocks_made", self.blocks.made),
-            ("instructions_translated", self.blocks.made_instructions),
-            ("blocks_dropped", self.blocks.dropped),
-            ("code_bytes", self.blocks.used() as u64),
-            ("translation_ns", c.translation_ns),
-        ]
+    fn counters(&self) -> Counters {
+        let mut all = self.cpu.counters.named();
+        all.extend(self.cpu.mmu.counters());
+        all.extend(self.blocks.counters());
+        all
     }
 }
 

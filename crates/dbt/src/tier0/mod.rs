@@ -64,6 +64,7 @@ pub fn step(cpu: &mut Cpu) -> Result<(), Exception> {
     cpu.interrupt_shadow = false;
     debug::before(cpu)?;
     fetch::with_instruction(cpu, |cpu, insn, handler| {
+        cpu.counters.by_mnemonic[insn.i.mnemonic() as usize] += 1;
         cpu.rip = insn.next;
         // Cleared by every instruction that completes; IRET and a task switch load it (SDM volume 3, 17.3.1.1).
         cpu.rflags &= !rflags::RF;
@@ -82,10 +83,12 @@ pub fn step(cpu: &mut Cpu) -> Result<(), Exception> {
 /// but nothing is fetched, and nothing traps, for no code is translated to be stepped or with breakpoints.
 pub(crate) fn step_known(
     cpu: &mut Cpu,
+    mnemonic: Mnemonic,
     len: u64,
     handler: impl FnOnce(&mut Cpu) -> Result<(), Exception>,
 ) -> Result<(), Exception> {
     cpu.counters.tier0 += 1;
+    cpu.counters.by_mnemonic[mnemonic as usize] += 1;
     let rip = cpu.rip;
     cpu.rip = rip.wrapping_add(len);
     let result = handler(cpu);

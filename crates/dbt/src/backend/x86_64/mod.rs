@@ -124,4 +124,15 @@ pub mod exit {
     pub const MISS: u32 = 5;
     /// As [`MISS`] for a return, to which the code at [`crate::cpu::Cpu::return_site`] belongs.
     pub const RETURN: u32 = 6;
+
+    /// Names of the counters, by number.
+    pub const COUNTERS: [&str; 7] = [
+        "exits.at",
+        "exits.link",
+        "exits.interpret",
+        "exits.fault",
+        "exits.poll",
+        "exits.miss",
+        "exits.miss.return",
+    ];
 }
