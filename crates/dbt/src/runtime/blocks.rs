@@ -22,7 +22,7 @@ use crate::{
 };
 
 /// Bytes of generated code that a vCPU keeps at most.
-const CODE_BYTES: usize = 32 << 20;
+const CODE_BYTES: usize = 256 << 20;
 
 /// What a block was made of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
