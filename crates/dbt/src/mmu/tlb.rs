@@ -13,7 +13,7 @@ use super::zeroed::{Zeroable, Zeroed};
 /// Entries of a view; a power of two.
 pub const ENTRIES: usize = 16384;
 /// Entries of a jump cache; a power of two.
-pub const JUMPS: usize = 4096;
+pub const JUMPS: usize = 16384;
 
 const PAGE: u64 = 4096;
 
@@ -120,9 +120,10 @@ pub const fn index(va: u64) -> usize {
     (va / PAGE) as usize % ENTRIES
 }
 
-/// Index of a linear address in a jump cache.
+/// Index of a linear address in a jump cache. The number of the page takes part: functions of all pages begin at the few
+/// offsets that are aligned.
 pub const fn jump_index(va: u64) -> usize {
-    va as usize % JUMPS
+    (va ^ (va / PAGE)) as usize % JUMPS
 }
 
 impl View {
@@ -400,6 +401,18 @@ mod tests {
         view.flush(true);
         assert!(view.lookup(0x1000, 1, Access::Read).is_some());
         assert!(view.lookup(0x1000, 1, Access::Write).is_none());
+    }
+
+    #[test]
+    fn jumps_to_the_same_place_on_many_pages_are_all_known() {
+        let mut view = View::new().unwrap();
+        let code = |page: u64| (page * PAGE) as *const u8;
+        for page in 1..=1000 {
+            view.fill_jump(page * PAGE + 0x40, code(page));
+        }
+        assert!((1..=1000).all(|page| view.find_jump(page * PAGE + 0x40, 0) == Some(code(page))));
+        view.flush_jumps();
+        assert!((1..=1000).all(|page| view.find_jump(page * PAGE + 0x40, 0).is_none()));
     }
 
     #[test]

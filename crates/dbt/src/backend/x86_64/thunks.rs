@@ -270,6 +270,8 @@ fn exit_with(asm: &mut Asm, reason: u32, leave: u64) {
 /// Destroys the flags.
 pub(super) fn probe_jumps(asm: &mut Asm) -> usize {
     asm.regs(false, &[0x8b], T1, T0); // mov T1d, T0d
+    asm.bytes(&[0x41, 0xc1, 0xe8 | T1 & 7, 12]); // shr T1d, 12
+    asm.regs(false, &[0x33], T1, T0); // xor T1d, T0d
     asm.bytes(&[0x41, 0x81, 0xe0 | T1 & 7]); // and T1d, JUMPS - 1
     asm.bytes(&((JUMPS - 1) as u32).to_le_bytes());
     asm.bytes(&[0x41, 0xc1, 0xe0 | T1 & 7, size_of::<Jump>().trailing_zeros() as u8]); // shl T1d, 4
