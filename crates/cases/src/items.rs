@@ -21,15 +21,15 @@ const RDI: u64 = 7;
 /// Bytes of an instruction that is replaced as a whole, with the NOP behind it.
 const REPLACED: usize = 8;
 
-fn r64(n: u64) -> Register {
+pub fn r64(n: u64) -> Register {
     nth(Register::RAX, n)
 }
 
-fn r32(n: u64) -> Register {
+pub fn r32(n: u64) -> Register {
     nth(Register::EAX, n)
 }
 
-fn label(item: u64) -> u64 {
+pub fn label(item: u64) -> u64 {
     ITEMS + item
 }
 
@@ -38,15 +38,15 @@ fn relative(address: u64) -> MemoryOperand {
     MemoryOperand::with_base_displ_size(Register::RIP, address as i64, 8)
 }
 
-fn near(r: u64, displacement: i64) -> MemoryOperand {
+pub fn near(r: u64, displacement: i64) -> MemoryOperand {
     MemoryOperand::with_base_displ_size(r64(r), displacement, 8)
 }
 
-fn two(code: Code, a: Register, b: Register) -> Instruction {
+pub fn two(code: Code, a: Register, b: Register) -> Instruction {
     Instruction::with2(code, a, b).expect("operands that the form has")
 }
 
-fn with_constant(code: Code, r: Register, value: i32) -> Instruction {
+pub fn with_constant(code: Code, r: Register, value: i32) -> Instruction {
     Instruction::with2(code, r, value).expect("operands that the form has")
 }
 
@@ -64,30 +64,32 @@ fn jump(code: Code, item: u64) -> Instruction {
 
 /// Makes a program.
 pub struct Builder<'a> {
-    pools: &'a Pools,
+    pub pools: &'a Pools,
     info: InstructionInfoFactory,
-    random: Random,
-    roles: Roles,
-    program: Program,
+    pub random: Random,
+    pub roles: Roles,
+    pub program: Program,
     /// How many items come before the subroutines.
     main: u64,
     /// Lengths of the subroutines in items.
     subroutines: Vec<u64>,
-    /// Percent of items by kind: vector, x87, string, stack, jumps, stores into code.
-    shares: [u64; 6],
+    /// Percent of items by kind: vector, x87, string, stack, jumps, stores into code, loops over the data.
+    shares: [u64; 7],
 }
 
 impl<'a> Builder<'a> {
     /// Nothing yet.
     pub fn new(pools: &'a Pools, roles: Roles, mut random: Random) -> Self {
         let shares = random.pick(&[
-            [16, 6, 6, 8, 18, 4],
-            [4, 0, 0, 4, 20, 2],
-            [4, 0, 2, 30, 20, 0],
-            [60, 10, 0, 0, 8, 0],
-            [10, 50, 0, 4, 8, 0],
-            [4, 2, 40, 4, 12, 2],
-            [6, 0, 4, 6, 20, 24],
+            [16, 6, 6, 8, 18, 4, 4],
+            [4, 0, 0, 4, 20, 2, 0],
+            [4, 0, 2, 30, 20, 0, 0],
+            [60, 10, 0, 0, 8, 0, 4],
+            [10, 50, 0, 4, 8, 0, 4],
+            [4, 2, 40, 4, 12, 2, 0],
+            [6, 0, 4, 6, 20, 24, 2],
+            [10, 2, 2, 4, 10, 0, 20],
+            [4, 0, 0, 2, 4, 1, 30],
         ]);
         let main = 3 + random.below(30);
         let subroutines = (0..random.below(3)).map(|_| 1 + random.below(5)).collect();
@@ -136,12 +138,12 @@ impl<'a> Builder<'a> {
         self.program.items.push(self.program.list.len());
     }
 
-    fn push(&mut self, i: Instruction) {
+    pub fn push(&mut self, i: Instruction) {
         self.program.list.push(i);
     }
 
     /// A register without a role.
-    fn free(&mut self) -> u64 {
+    pub fn free(&mut self) -> u64 {
         loop {
             let r = self.random.below(16);
             if !self.roles.has(r) {
@@ -178,12 +180,13 @@ impl<'a> Builder<'a> {
             Some(3) => self.stack(),
             Some(4) => self.control(n),
             Some(5) => self.store_into_code(),
+            Some(6) => self.sweep(n),
             _ => self.plain(),
         }
     }
 
     /// An integer instruction.
-    fn plain(&mut self) {
+    pub fn plain(&mut self) {
         let pools = self.pools;
         let codes = if self.random.chance(75) { &pools.common } else { &pools.integer };
         self.of(codes);
@@ -202,7 +205,7 @@ impl<'a> Builder<'a> {
     }
 
     /// An instruction of one of the forms, which leaves the registers with roles alone, as a rule.
-    fn of(&mut self, codes: &[Code]) {
+    pub fn of(&mut self, codes: &[Code]) {
         let careless = self.random.chance(2);
         for _ in 0..60 {
             let code = self.random.pick(codes);
@@ -227,7 +230,7 @@ impl<'a> Builder<'a> {
         info.used_registers().iter().any(|used| {
             let full = used.register().full_register();
             let r = (full as u64).wrapping_sub(Register::RAX as u64);
-            let keeps = if careless { r == self.roles.counter } else { self.roles.has(r) };
+            let keeps = if careless { self.roles.counts(r) } else { self.roles.has(r) };
             !is_read(used.access()) && full.is_gpr64() && keeps && !allowed.contains(&r)
         })
     }
@@ -281,7 +284,7 @@ impl<'a> Builder<'a> {
         self.push(i.expect("operands that the form has"));
     }
 
-    fn push_or_pop(&mut self) {
+    pub fn push_or_pop(&mut self) {
         for _ in 0..20 {
             let code = self.random.pick(&self.pools.stack);
             let Some(i) = self.with_operands(code, 0) else { continue };
@@ -316,7 +319,7 @@ impl<'a> Builder<'a> {
         (n + 1 + self.random.below(6)).min(self.main)
     }
 
-    fn conditional(&mut self, n: u64) {
+    pub fn conditional(&mut self, n: u64) {
         let to = label(self.ahead(n));
         for _ in 0..20 {
             let code = self.random.pick(&self.pools.conditional);

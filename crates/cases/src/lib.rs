@@ -13,3 +13,4 @@ mod operands;
 pub mod pools;
 pub mod program;
 pub mod random;
+mod sweeps;

@@ -16,6 +16,11 @@ use crate::{
 pub const ITEMS: u64 = 1 << 20;
 /// Stands for the address of instruction `n`, times 16.
 const INSTRUCTIONS: u64 = 1 << 24;
+/// Stands for the address of an instruction of a program that has no place yet.
+pub fn own_label(instruction: usize) -> u64 {
+    INSTRUCTIONS + 16 * instruction as u64
+}
+
 /// What lies around a program: it faults.
 const HLT: u8 = 0xf4;
 /// Number of RSP.
@@ -31,8 +36,10 @@ pub struct Roles {
     pub index: u64,
     /// What every jump backwards decrements.
     pub counter: u64,
+    /// What counts the rounds of a loop over the data while one is made.
+    pub rounds: Option<u64>,
     /// Pointers are multiples of this.
-    align: u64,
+    pub align: u64,
 }
 
 impl Roles {
@@ -48,12 +55,17 @@ impl Roles {
         let special = take(|r| matches!(r, 5 | 12..=15));
         let (other, index, counter) = (take(|_| true), take(|_| true), take(|_| true));
         let align = random.pick(&[1, 8, 32, 32, 32, 32]);
-        Self { pointers: vec![RSP, special, other], index, counter, align }
+        Self { pointers: vec![RSP, special, other], index, counter, rounds: None, align }
     }
 
     /// Whether the register has a role.
     pub fn has(&self, r: u64) -> bool {
-        self.pointers.contains(&r) || r == self.index || r == self.counter
+        self.pointers.contains(&r) || r == self.index || self.counts(r)
+    }
+
+    /// Whether the program's end depends on the register.
+    pub fn counts(&self, r: u64) -> bool {
+        r == self.counter || Some(r) == self.rounds
     }
 
     /// Gives the registers values that suit their roles.
@@ -143,16 +155,17 @@ impl Program {
     /// The code for a place.
     fn lay(&self, offset: u64) -> Option<Laid> {
         let mut list = self.list.clone();
-        let address = |label: u64| {
+        let item = |label: u64| {
             let item = label.checked_sub(ITEMS).filter(|&n| n < self.items.len() as u64)?;
-            Some(INSTRUCTIONS + 16 * self.items[item as usize] as u64)
+            Some(own_label(self.items[item as usize]))
         };
+        let address = |label: u64| if label >= INSTRUCTIONS { Some(label) } else { item(label) };
         for (n, i) in list.iter_mut().enumerate() {
-            i.set_ip(INSTRUCTIONS + 16 * n as u64);
+            i.set_ip(own_label(n));
             if i.op_count() > 0 && i.op0_kind() == OpKind::NearBranch64 {
                 i.set_near_branch64(address(i.near_branch64())?);
             } else if i.is_ip_rel_memory_operand()
-                && let Some(target) = address(i.memory_displacement64())
+                && let Some(target) = item(i.memory_displacement64())
             {
                 i.set_memory_displacement64(target);
             }

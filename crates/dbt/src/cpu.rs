@@ -153,8 +153,13 @@ pub struct Cpu {
     pub host_rsp: u64,
     /// Host addresses of the groups of accesses of the region that runs.
     pub groups: [u64; GROUPS],
-    /// Where those that walk through memory were last: linear and host address of the page.
+    /// Where those that walk through memory were last: linear and host address of the page. For those that move evenly: the
+    /// way from the registers of the address to host memory, in the second place.
     pub group_pages: [[u64; 2]; GROUPS],
+    /// Rounds that a loop may yet make.
+    pub rounds: u32,
+    /// What the register that counts them holds when there are none left.
+    pub last_round: u64,
     /// Calls of generated code push no return addresses below this.
     pub stack_limit: u64,
     /// Low half of the address of the code of the return that was executed last.
@@ -345,6 +350,8 @@ impl Cpu {
             host_rsp: 0,
             groups: [0; GROUPS],
             group_pages: [[0; 2]; GROUPS],
+            rounds: 0,
+            last_round: 0,
             stack_limit: 0,
             return_site: 0,
             seg: [Segment::default(); 6],

@@ -224,7 +224,7 @@ impl Region {
     /// Says which flags are live where a branch leads back to the beginning.
     fn set_live_at_start(&mut self, live: u32) {
         let start = self.start;
-        let leads_back = |node: &&mut Node| matches!(node.op, Op::Branch { target, .. } if target == start);
+        let leads_back = |node: &&mut Node| matches!(node.op, Op::Branch { target, .. } | Op::Jump { target } if target == start);
         self.nodes.iter_mut().filter(leads_back).for_each(|node| node.live_at_exit = live);
     }
 

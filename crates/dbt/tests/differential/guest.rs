@@ -61,11 +61,16 @@ fn write_tables(ram: &GuestRam) {
         entries.push((CODE_TABLE + page * 8, (CODE_PAGES + page * 4096) | user));
     }
     for page in 0..WINDOW_BYTES as u64 / 4096 {
-        entries.push((DATA_TABLE + page * 8, (DATA + page * 4096) | user | 1 << 63));
+        entries.push((DATA_TABLE + page * 8, data_page(page) | user | 1 << 63));
     }
     for (at, value) in entries {
         copy_in(ram, at, &u64::to_le_bytes(value));
     }
+}
+
+/// Where a page of the data lies: what follows on in the program's memory does not in the guest's.
+fn data_page(page: u64) -> u64 {
+    DATA + (WINDOW_BYTES as u64 / 4096 - 1 - page) * 4096
 }
 
 /// A CPU in 64-bit mode with everything that the engine offers, and its RAM.
@@ -120,7 +125,9 @@ fn load_code(cpu: &mut Cpu, ram: &GuestRam, code: &[u8]) {
 pub fn load(cpu: &mut Cpu, ram: &GuestRam, case: &Case) {
     let mut window = [0; WINDOW_BYTES];
     case.fill(&mut window);
-    copy_in(ram, DATA, &window);
+    for (page, part) in window.chunks(4096).enumerate() {
+        copy_in(ram, data_page(page as u64), part);
+    }
     load_code(cpu, ram, &case.code);
     let s = &case.state;
     cpu.gpr = s.gpr;
@@ -146,7 +153,9 @@ pub fn unload(cpu: &Cpu, ram: &GuestRam, case: &Case, fault: Exception) -> Outco
         o.state.fpu[576 + 16 * n..][..8].copy_from_slice(&high[0].to_le_bytes());
         o.state.fpu[584 + 16 * n..][..8].copy_from_slice(&high[1].to_le_bytes());
     }
-    copy_out(ram, DATA, &mut o.window);
+    for (page, part) in o.window.chunks_mut(4096).enumerate() {
+        copy_out(ram, data_page(page as u64), part);
+    }
     let mut code = [0; CODE_BYTES];
     copy_out(ram, CODE_PAGES, &mut code);
     o.code = digest(&code);

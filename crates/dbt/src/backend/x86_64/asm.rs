@@ -185,6 +185,8 @@ pub mod cc {
     pub const NE: u8 = 5;
     /// Below, unsigned.
     pub const B: u8 = 2;
+    /// Not below, unsigned.
+    pub const NB: u8 = 3;
     /// Equal.
     pub const E: u8 = 4;
     /// Above, unsigned.

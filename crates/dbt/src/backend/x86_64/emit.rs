@@ -12,6 +12,8 @@ use super::{
     block,
     groups::{self, Member, OPERAND, Plan, STACK},
     home,
+    loops::Round,
+    operands::At,
     out_of_line::{SlowPath, Stub, StubKind},
     strings::SlowString,
     thunks::{JUMP_HOST, Thunks},
@@ -80,8 +82,10 @@ pub struct Emitter<'a> {
     pub(super) in_host: bool,
     /// Groups of accesses.
     pub(super) plan: Plan,
-    /// Where a region that is a loop goes back to.
-    pub(super) top: u64,
+    /// Where a region that is a loop goes on after a round.
+    pub(super) round: Round,
+    /// Groups whose way to host memory is in a register.
+    pub(super) pins: Vec<(u8, u8)>,
     /// The node that is being made.
     node: usize,
     pub(super) thunks: &'a Thunks,
@@ -115,7 +119,8 @@ impl<'a> Emitter<'a> {
             held: None,
             in_host: false,
             plan: Plan::default(),
-            top: 0,
+            round: Round::Only(0),
+            pins: Vec::new(),
             node: 0,
             thunks,
             stubs: Vec::new(),
@@ -146,8 +151,23 @@ impl<'a> Emitter<'a> {
             self.asm.call(self.thunks.load_vectors);
             self.asm.bind(over);
         }
-        self.forget_pages();
-        self.top = self.asm.here();
+        if self.plan.back.is_some() {
+            self.first_round();
+        }
+        self.nodes(region);
+        self.second_copy(region);
+        self.out_of_line();
+        Code { bytes: self.asm.code, links: self.links, marks: self.marks }
+    }
+
+    /// As at the region's beginning.
+    pub(super) fn begin_again(&mut self) {
+        self.guest_offset = 0;
+        (self.in_host, self.in_block, self.x87_loaded) = (false, true, false);
+        self.held = None;
+    }
+
+    pub(super) fn nodes(&mut self, region: &Region) {
         let mut ended = false;
         for (n, node) in region.nodes.iter().enumerate() {
             self.node = n;
@@ -164,8 +184,6 @@ impl<'a> Emitter<'a> {
         if !ended {
             self.fall_through(region);
         }
-        self.out_of_line();
-        Code { bytes: self.asm.code, links: self.links, marks: self.marks }
     }
 
     /// The place of an access of the current node in a group.
@@ -173,21 +191,12 @@ impl<'a> Emitter<'a> {
         self.plan.places.get(self.node)?[place]
     }
 
-    /// Groups that remember pages have not been on any.
-    fn forget_pages(&mut self) {
-        if !self.plan.walking.is_empty() {
-            // No distance from an address that is not canonical is small.
-            self.asm.mov_imm(T0, 1 << 63);
-        }
-        for group in std::mem::take(&mut self.plan.walking) {
-            self.asm.store(block::group_page(group), T0);
-        }
-    }
-
     /// Whether the code made for the operation of the current node destroys the host's flags before the operation itself
     /// looks at them.
     fn destroys_flags(&self, op: &Op) -> bool {
-        let follows = |place| self.place(place).is_some_and(|member| member.leads.is_none());
+        let follows = |place| {
+            self.place(place).is_some_and(|member| member.leads.is_none() || self.stride(member).is_some())
+        };
         match op {
             Op::Host(Some(_)) => !follows(OPERAND),
             Op::Push(Value::Mem) => !follows(OPERAND) || !follows(STACK),
@@ -237,8 +246,9 @@ impl<'a> Emitter<'a> {
             Op::WriteBase(what) => self.write_base(what),
             Op::ReadControl { control, to } => self.read_control(control, to),
             Op::Branch { condition, .. } if self.plan.back == Some(self.node) => {
-                self.go_back(node, condition as u8 - 1);
+                return self.go_back(node, condition as u8 - 1);
             }
+            Op::Jump { .. } if self.plan.back == Some(self.node) => self.next_round(),
             Op::Branch { condition, target } => self.branch(node, condition as u8 - 1, target),
             Op::Jump { target } => {
                 self.spill_flags(node.live_at_exit);
@@ -306,7 +316,12 @@ impl<'a> Emitter<'a> {
 
     /// The identity lane.
     fn host_node(&mut self, node: &Node, mem: Option<MemUse>) -> Result<(), super::operands::Unencodable> {
-        let at = mem.map(|mem| self.operand(&node.insn, mem));
+        let at = mem.map(|mem| match self.place(OPERAND).and_then(|m| Some((m, self.stride(m)?))) {
+            Some((member, stride)) => {
+                self.on_stride(&stride, node.insn.memory_displacement64() as i32, member.at)
+            }
+            None => At::from_t0(self.operand(&node.insn, mem)),
+        });
         let complete = self.restore_flags(node.reads | merged(node));
         self.host_insn(&node.insn, at)?;
         if node.writes {

@@ -9,6 +9,7 @@ use super::{
     },
     block,
     emit::{Emitter, Link},
+    loops::Round,
     out_of_line::{Stub, StubKind},
     thunks::probe_jumps,
 };
@@ -30,16 +31,20 @@ impl Emitter<'_> {
         self.in_host &= complete;
     }
 
-    /// The branch at the end of a loop. Nobody asks for flags at its beginning.
-    pub(super) fn go_back(&mut self, node: &Node, condition: u8) {
+    /// The branch at the end of a loop. `true` if nothing runs after it: what follows a second copy is another region.
+    pub(super) fn go_back(&mut self, node: &Node, condition: u8) -> bool {
         let complete = self.restore_flags(node.reads);
         let over = self.asm.jcc(condition ^ 1, 0);
-        self.asm.cmp_imm32(block::REQUESTS, 0);
-        self.asm.jcc(cc::E, self.top);
-        let branch = self.asm.jmp(0);
-        self.stubs.push(Stub { branch, kind: StubKind::Poll(0) });
+        self.next_round();
         self.asm.bind(over);
         self.in_host &= complete;
+        let second = matches!(self.round, Round::Second { .. });
+        if second {
+            self.spill_flags(node.live_out);
+            self.in_host = false;
+            self.exit_to(node.insn.next_ip());
+        }
+        second
     }
 
     /// The instruction at the end of the region is tier 0's.

@@ -6,13 +6,16 @@
 //! a look at the TLB and without harm to the flags. What the leader found holds to the region's end: nobody takes an
 //! entry of the TLB away but between regions.
 //!
-//! A region whose end leads back to its beginning is a loop and stays in itself. In there, a leader whose address walks,
-//! stands still or lies in a small table remembers the page that it was on, and looks at the TLB when it comes to another.
+//! A region whose end leads back to its beginning is a loop and stays in itself. Groups whose addresses move on by the same
+//! distance in each round, or stand still, are [`Stride`]s: how many rounds they stay on their pages is known before the
+//! rounds are made. Where the address walks in another way or lies in a small table, a leader remembers the page that it
+//! was on, and looks at the TLB when it comes to another.
 
 use iced_x86::{
     Code, Instruction, InstructionInfoFactory, InstructionInfoOptions, OpAccess, OpKind, Register,
 };
 
+use super::{Home, home};
 use crate::{
     ir::{Base, MemUse, Node, Op, Region, Value},
     tier0::operand::gpr_index,
@@ -26,6 +29,9 @@ const SPAN: i64 = 128;
 /// Most groups of a loop that remember their pages. More of them cost more on entry than the few rounds of a large loop
 /// bring.
 const WALKERS: usize = 4;
+
+/// Most bytes that a group may move on in a round to be a stride: some rounds should come of a page.
+const STEP: i64 = 512;
 
 /// An access of a group.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,6 +66,40 @@ pub struct Plan {
     pub back: Option<usize>,
     /// Groups whose leaders remember their pages.
     pub walking: Vec<u8>,
+    /// Groups that move on evenly.
+    pub strides: Vec<Stride>,
+    /// A register that moves on by so much in each round, if one of the strides moves.
+    pub counter: Option<(u8, i32)>,
+}
+
+/// A group whose address moves on by the same distance in each round of a loop, or stands still.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stride {
+    /// Number of the group.
+    pub group: u8,
+    /// The group as its leader sees it.
+    pub lead: Lead,
+    /// Registers of the address.
+    pub base: Option<Part>,
+    /// Of the index, that is.
+    pub index: Option<Part>,
+    /// What the index is shifted left by.
+    pub scale: u8,
+    /// FS or GS, or none.
+    pub segment: Register,
+    /// From what the registers give when a round begins to the group's first byte.
+    pub first: i32,
+    /// Bytes that the address moves on in a round.
+    pub step: i64,
+}
+
+/// A register in the address of a [`Stride`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Part {
+    /// Guest register.
+    pub register: u8,
+    /// It changes in the loop.
+    pub changes: bool,
 }
 
 /// The places of a node's accesses: of its memory operand, of its push or pop.
@@ -100,6 +140,9 @@ struct Group {
     open: bool,
     /// Its address walks or stands still from round to round of the loop.
     walks: bool,
+    /// All of its members are operands of the identity lane, made of the very registers that are its key.
+    direct: bool,
+    stride: Option<Stride>,
 }
 
 /// Finds the groups of a region.
@@ -110,19 +153,21 @@ pub fn find(region: &Region, info: &mut InstructionInfoFactory) -> Plan {
         return Plan { back, ..Plan::default() };
     }
     let mut finder = Finder::new(info);
-    for (n, node) in region.nodes.iter().enumerate() {
-        finder.node(n, node);
-        if back == Some(n) {
-            finder.mark_walks();
-        }
+    let (round, rest) = region.nodes.split_at(back.map_or(0, |back| back + 1));
+    for (n, node) in round.iter().enumerate() {
+        finder.node_of_loop(n, node);
     }
-    finder.plan(region.nodes.len(), back)
+    let counter = back.and_then(|_| finder.course());
+    for (n, node) in rest.iter().enumerate() {
+        finder.node(round.len() + n, node);
+    }
+    finder.plan(region.nodes.len(), back, counter)
 }
 
 /// The branch that makes the region a loop. Flags that would have to come along are too much trouble, as is a view of
 /// memory that changes.
 fn back_edge(region: &Region) -> Option<usize> {
-    let leads_back = |node: &Node| matches!(node.op, Op::Branch { target, .. } if target == region.start);
+    let leads_back = |node: &Node| matches!(node.op, Op::Branch { target, .. } | Op::Jump { target } if target == region.start);
     let back = region.nodes.iter().rposition(|node| leads_back(node) && node.live_at_exit == 0)?;
     let changes_view = |node: &Node| matches!(node.op, Op::SwapGs | Op::WriteBase(_) | Op::UserAccess(_));
     (!region.nodes[..back].iter().any(changes_view)).then_some(back)
@@ -146,6 +191,8 @@ struct Finder<'a> {
     groups: Vec<Group>,
     /// Registers to which others were added, which walk if nothing else happens to them.
     added: u16,
+    /// Registers that changed.
+    changed: u16,
     /// Roots that are one byte wide: an index of this kind stays in its table.
     bytes: Vec<u16>,
 }
@@ -163,7 +210,25 @@ const PUSHED: MemUse = MemUse { write: true, size: 8 };
 impl<'a> Finder<'a> {
     fn new(info: &'a mut InstructionInfoFactory) -> Self {
         let registers = std::array::from_fn(|n| Known { root: initial(n), distance: 0 });
-        Self { info, registers, roots: 17, branches: 0, groups: Vec::new(), added: 0, bytes: Vec::new() }
+        Self {
+            info,
+            registers,
+            roots: 17,
+            branches: 0,
+            groups: Vec::new(),
+            added: 0,
+            changed: 0,
+            bytes: Vec::new(),
+        }
+    }
+
+    /// As [`Self::node`]; keeps account of the registers that change.
+    fn node_of_loop(&mut self, n: usize, node: &Node) {
+        let before = self.registers;
+        self.node(n, node);
+        for (register, (before, now)) in before.iter().zip(&self.registers).enumerate() {
+            self.changed |= u16::from(before != now) << register;
+        }
     }
 
     fn node(&mut self, n: usize, node: &Node) {
@@ -171,19 +236,19 @@ impl<'a> Finder<'a> {
         match node.op {
             Op::Host(mem) => {
                 if let Some(mem) = mem {
-                    self.operand(n, insn, mem);
+                    self.operand(n, insn, mem, self.direct(insn));
                 }
                 self.host(insn);
             }
             Op::Address => self.address(insn),
             Op::Push(value) | Op::CallTo(value) => {
                 if value == Value::Mem {
-                    self.operand(n, insn, WORD);
+                    self.operand(n, insn, WORD, false);
                 }
                 self.push(n);
             }
             Op::PushFlags | Op::Call { .. } => self.push(n),
-            Op::JumpTo(Value::Mem) => self.operand(n, insn, WORD),
+            Op::JumpTo(Value::Mem) => self.operand(n, insn, WORD, false),
             Op::Pop(register) => {
                 self.stack(n, self.registers[RSP], WORD);
                 self.registers[RSP].distance += 8;
@@ -237,7 +302,7 @@ impl<'a> Finder<'a> {
 
     fn stack(&mut self, n: usize, at: Known, mem: MemUse) {
         let key = Key { base: at.root, index: NONE, scale: 1, segment: Register::None };
-        self.join(n, STACK, key, at.distance, mem);
+        self.join((n, STACK, at.distance), key, mem, false);
     }
 
     /// What an instruction of the identity lane does to the registers.
@@ -322,17 +387,24 @@ impl<'a> Finder<'a> {
         Some((Key { base: base.root, index: index.root, scale, segment: Register::None }, distance))
     }
 
-    fn operand(&mut self, n: usize, i: &Instruction, mem: MemUse) {
+    fn operand(&mut self, n: usize, i: &Instruction, mem: MemUse, direct: bool) {
         let Some((mut key, distance)) = self.known(i) else { return };
         if matches!(i.memory_segment(), Register::FS | Register::GS) {
             key.segment = i.memory_segment();
         }
-        self.join(n, OPERAND, key, distance, mem);
+        self.join((n, OPERAND, distance), key, mem, direct);
+    }
+
+    /// Whether the registers of a memory operand are still those that held their roots at the beginning.
+    fn direct(&self, i: &Instruction) -> bool {
+        let own = |register| gpr_index(register).is_none_or(|r| self.registers[r].root == initial(r));
+        own(i.memory_base()) && own(i.memory_index())
     }
 
     /// Puts an access into the latest group that it fits, or into one of its own. A write that may not come about does not
     /// make its group one that needs the right to write.
-    fn join(&mut self, n: usize, place: usize, key: Key, distance: i64, mem: MemUse) {
+    fn join(&mut self, member: (usize, usize, i64), key: Key, mem: MemUse, direct: bool) {
+        let distance = member.2;
         let end = distance.wrapping_add(mem.size.into());
         let branches = self.branches;
         let fits = |group: &&mut Group| {
@@ -342,11 +414,11 @@ impl<'a> Finder<'a> {
                 && max.checked_sub(min).is_some_and(|span| (0..=SPAN).contains(&span))
                 && (!mem.write || group.write || group.branches == branches)
         };
-        let member = (n, place, distance);
         match self.groups.iter_mut().rev().find(fits) {
             Some(group) => {
                 (group.min, group.max) = (group.min.min(distance), group.max.max(end));
                 group.write |= mem.write;
+                group.direct &= direct;
                 group.members.push(member);
             }
             None => self.groups.push(Group {
@@ -358,12 +430,34 @@ impl<'a> Finder<'a> {
                 members: vec![member],
                 open: true,
                 walks: false,
+                direct,
+                stride: None,
             }),
         }
     }
 
-    /// At the end of a loop: finds the groups whose addresses are made of registers that walk or stand still, or of an
-    /// index into a table.
+    /// At the end of a loop: finds the groups whose addresses are made of registers that move evenly, walk or stand still,
+    /// or of an index into a table. Gives a register that counts the rounds by moving on evenly.
+    fn course(&mut self) -> Option<(u8, i32)> {
+        let steps: [Option<i64>; 16] = std::array::from_fn(|r| {
+            (self.registers[r].root == initial(r)).then_some(self.registers[r].distance)
+        });
+        let counts = |r: u8| {
+            let step = i32::try_from(steps[usize::from(r)]?).ok()?;
+            (step != 0 && matches!(home(r), Home::Host(_))).then_some((r, step))
+        };
+        let counter = (0..16).find_map(counts);
+        for group in &mut self.groups {
+            group.stride = stride(group, &steps, self.changed).filter(|s| s.step == 0 || counter.is_some());
+        }
+        self.mark_walks();
+        // What comes behind the loop does not make its groups larger.
+        if self.groups.iter().any(|group| group.stride.is_some()) {
+            self.close();
+        }
+        counter.filter(|_| self.groups.iter().any(|g| g.stride.is_some_and(|s| s.step != 0)))
+    }
+
     fn mark_walks(&mut self) {
         let goes_on = |root: u16| {
             let register = usize::from(root).wrapping_sub(1);
@@ -371,7 +465,7 @@ impl<'a> Finder<'a> {
                 || self.registers.get(register).is_some_and(|value| value.root == root)
                 || (register < 16 && self.added >> register & 1 != 0)
         };
-        for group in &mut self.groups {
+        for group in self.groups.iter_mut().filter(|group| group.stride.is_none()) {
             let Key { base, index, .. } = group.key;
             group.walks = goes_on(base) && (goes_on(index) || self.bytes.contains(&index));
         }
@@ -380,27 +474,62 @@ impl<'a> Finder<'a> {
         }
     }
 
-    fn plan(self, nodes: usize, back: Option<usize>) -> Plan {
-        let (mut places, mut walking) = (Vec::new(), Vec::new());
-        let groups = self.groups.iter().filter(|group| group.walks || group.members.len() > 1).take(GROUPS);
-        for (number, group) in groups.enumerate() {
-            places.resize(nodes, Places::default());
+    fn plan(self, nodes: usize, back: Option<usize>, counter: Option<(u8, i32)>) -> Plan {
+        let mut plan = Plan { back, counter, ..Plan::default() };
+        let worth = |group: &&Group| group.walks || group.stride.is_some() || group.members.len() > 1;
+        for (number, group) in (0u8..).zip(self.groups.iter().filter(worth).take(GROUPS)) {
+            plan.places.resize(nodes, Places::default());
             if group.walks {
-                walking.push(number as u8);
+                plan.walking.push(number);
             }
-            let mut leads = Some(Lead {
-                span: (group.max - group.min) as u8,
-                write: group.write,
-                followed: group.members.len() > 1,
-                walks: group.walks,
-            });
+            if let Some(stride) = group.stride {
+                plan.strides.push(Stride { group: number, ..stride });
+            }
+            let mut leads = Some(group.lead());
             for &(n, place, distance) in &group.members {
                 let at = (distance - group.min) as u8;
-                places[n][place] = Some(Member { group: number as u8, at, leads: leads.take() });
+                plan.places[n][place] = Some(Member { group: number, at, leads: leads.take() });
             }
         }
-        Plan { places, back, walking }
+        plan
     }
+}
+
+impl Group {
+    fn lead(&self) -> Lead {
+        Lead {
+            span: (self.max - self.min) as u8,
+            write: self.write,
+            followed: self.members.len() > 1,
+            walks: self.walks,
+        }
+    }
+}
+
+/// Says how a group moves in a loop at whose end the registers have moved by `steps`, if they move evenly. A page that may
+/// not be written after all must not become a dirty one: what is behind a branch is no stride if it writes.
+fn stride(group: &Group, steps: &[Option<i64>; 16], changed: u16) -> Option<Stride> {
+    if !group.direct || group.write && group.branches > 0 {
+        return None;
+    }
+    let part = |root: u16| {
+        let register = usize::from(root).checked_sub(1)?;
+        Some(Part { register: register as u8, changes: changed >> register & 1 != 0 })
+    };
+    let step = |root: u16| if root == NONE { Some(0) } else { *steps.get(usize::from(root) - 1)? };
+    let Key { base, index, scale, segment } = group.key;
+    let step = step(base)?.wrapping_add(step(index)?.wrapping_mul(scale.into()));
+    let first = i32::try_from(group.min).ok()?;
+    (step.unsigned_abs() <= STEP as u64).then_some(Stride {
+        group: 0,
+        lead: group.lead(),
+        base: part(base),
+        index: part(index),
+        scale: scale.trailing_zeros() as u8,
+        segment,
+        first,
+        step,
+    })
 }
 
 /// The root of what a register holds when the region begins.
@@ -489,18 +618,65 @@ mod tests {
     }
 
     #[test]
-    fn a_loop_remembers_pages_of_what_walks() {
+    fn what_moves_evenly_in_a_loop_is_a_stride_and_what_walks_remembers_pages() {
         // mov rax, [rdi+rcx*8]; add rax, [rsi]; mov rdx, [rax]; add rsi, r8; inc rcx; cmp rcx, rbx; jne
         let code = [
             0x48, 0x8b, 0x04, 0xcf, 0x48, 0x03, 0x06, 0x48, 0x8b, 0x10, 0x4c, 0x01, 0xc6, 0x48, 0xff, 0xc1,
             0x48, 0x39, 0xd9, 0x75, 0xeb, 0xc3,
         ];
         let plan = plan(&code);
-        assert_eq!((plan.back, &plan.walking[..]), (Some(6), &[0, 1][..]));
-        let alone = Some(Lead { span: 8, write: false, followed: false, walks: true });
-        assert_eq!(plan.places[0][OPERAND], Some(Member { group: 0, at: 0, leads: alone }));
-        assert_eq!(plan.places[1][OPERAND], Some(Member { group: 1, at: 0, leads: alone }));
+        assert_eq!((plan.back, &plan.walking[..], plan.counter), (Some(6), &[1][..], Some((1, 1))));
+        let alone = Lead { span: 8, write: false, followed: false, walks: false };
+        assert_eq!(plan.places[0][OPERAND], Some(Member { group: 0, at: 0, leads: Some(alone) }));
+        let walks = Lead { walks: true, ..alone };
+        assert_eq!(plan.places[1][OPERAND], Some(Member { group: 1, at: 0, leads: Some(walks) }));
         assert_eq!(plan.places[2][OPERAND], None, "an address that was read");
+        let stride = Stride {
+            group: 0,
+            lead: alone,
+            base: Some(Part { register: 7, changes: false }),
+            index: Some(Part { register: 1, changes: true }),
+            scale: 3,
+            segment: Register::None,
+            first: 0,
+            step: 8,
+        };
+        assert_eq!(plan.strides, [stride]);
+    }
+
+    #[test]
+    fn a_stride_begins_where_its_first_access_is() {
+        // add rdi, 16; mov eax, [rdi-8]; mov [rdi-4], eax; dec rsi; jne; ret
+        let code =
+            [0x48, 0x83, 0xc7, 0x10, 0x8b, 0x47, 0xf8, 0x89, 0x47, 0xfc, 0x48, 0xff, 0xce, 0x75, 0xf1, 0xc3];
+        let plan = plan(&code);
+        let [stride] = plan.strides[..] else { panic!("{:?}", plan.strides) };
+        assert_eq!((stride.first, stride.step, stride.lead.span, stride.lead.write), (8, 16, 8, true));
+        assert_eq!(plan.counter, Some((6, -1)));
+    }
+
+    #[test]
+    fn a_write_behind_a_branch_is_no_stride() {
+        // cmp byte [rsi], 0; je +7; mov [rdi], al; inc rsi; inc rdi; dec rdx; jne; ret
+        let code = [
+            0x80, 0x3e, 0x00, 0x74, 0x0d, 0x88, 0x07, 0x48, 0xff, 0xc6, 0x48, 0xff, 0xc7, 0x48, 0xff, 0xca,
+            0x75, 0xee, 0xc3,
+        ];
+        let plan = plan(&code);
+        assert_eq!(plan.strides.iter().map(|s| s.lead.write).collect::<Vec<_>>(), [false]);
+        assert_eq!(plan.walking, [1]);
+    }
+
+    #[test]
+    fn large_steps_make_no_stride() {
+        let strides = |step: u32| {
+            // mov eax, [rdi]; add rdi, step; dec rsi; jne; ret
+            let mut code = vec![0x8b, 0x07, 0x48, 0x81, 0xc7];
+            code.extend(step.to_le_bytes());
+            code.extend([0x48, 0xff, 0xce, 0x75, 0xf2, 0xc3]);
+            plan(&code).strides.len()
+        };
+        assert_eq!((strides(512), strides(513), strides(-512i32 as u32)), (1, 0, 1));
     }
 
     #[test]
@@ -509,8 +685,19 @@ mod tests {
             // mov eax, [rdi+n*80h]; each in a group of its own
             let load = |n: u8| [0x8b, 0x87].into_iter().chain((u32::from(n) * 128).to_le_bytes());
             let mut code: Vec<u8> = (0..count).flat_map(load).collect();
-            // sub rsi, 1; jne back; ret
-            code.extend([0x48, 0x83, 0xee, 0x01, 0x75, 0u8.wrapping_sub(6 * count + 6), 0xc3]);
+            // add rdi, r8; sub rsi, 1; jne back; ret
+            code.extend([
+                0x4c,
+                0x01,
+                0xc7,
+                0x48,
+                0x83,
+                0xee,
+                0x01,
+                0x75,
+                0u8.wrapping_sub(6 * count + 9),
+                0xc3,
+            ]);
             plan(&code).walking.len()
         };
         assert_eq!((loads(4), loads(5)), (4, 0));

@@ -10,6 +10,7 @@ pub mod asm;
 pub mod emit;
 mod exits;
 pub mod groups;
+mod loops;
 mod operands;
 mod out_of_line;
 mod strings;
@@ -84,6 +85,8 @@ pub(crate) mod block {
     pub fn group_host(number: u8) -> Mem {
         Mem::Block(offset_of!(Cpu, group_pages) as i32 + 16 * i32::from(number) + 8)
     }
+    pub const ROUNDS: Mem = Mem::Block(offset_of!(Cpu, rounds) as i32);
+    pub const LAST_ROUND: Mem = Mem::Block(offset_of!(Cpu, last_round) as i32);
     pub const STACK_LIMIT: Mem = Mem::Block(offset_of!(Cpu, stack_limit) as i32);
     pub const RETURN_SITE: Mem = Mem::Block(offset_of!(Cpu, return_site) as i32);
     pub const HOST_MXCSR: Mem = Mem::Block(offset_of!(Cpu, host_mxcsr) as i32);

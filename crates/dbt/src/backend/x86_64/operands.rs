@@ -13,6 +13,7 @@ use super::{
     emit::Emitter,
     groups::{Lead, Member},
     home,
+    loops::Round,
     out_of_line::{Missed, SlowPath},
 };
 use crate::{
@@ -41,6 +42,21 @@ fn host_register(like: Register, number: u8) -> Register {
         _ => Register::RAX,
     };
     Register::try_from(first as usize + usize::from(number)).expect("16 registers of each width")
+}
+
+/// Where an operand lies in host memory: `base + index << scale + displacement`.
+#[derive(Clone, Copy, Debug)]
+pub struct At {
+    pub base: u8,
+    pub index: Option<(u8, u8)>,
+    pub displacement: i32,
+}
+
+impl At {
+    /// So many bytes from T0.
+    pub fn from_t0(displacement: i32) -> Self {
+        Self { base: T0, index: None, displacement }
+    }
 }
 
 impl Emitter<'_> {
@@ -119,10 +135,10 @@ impl Emitter<'_> {
             if at != 0 {
                 self.asm.lea(T0, T0, -i32::from(at));
             }
-            if lead.walks {
-                self.same_page(group, lead);
-            } else {
-                self.probe(lead.span, lead.write, Missed::Group(lead));
+            match self.round {
+                Round::Second { .. } if lead.walks => self.same_page(group, lead),
+                _ if lead.followed => self.probe(lead.span, lead.write, Missed::Group(lead)),
+                _ => self.probe(mem.size, mem.write, Missed::Access(mem)),
             }
             if lead.followed {
                 self.asm.store(block::group(group), T0);
@@ -135,7 +151,7 @@ impl Emitter<'_> {
     }
 
     /// Turns the linear address in T0 into the host address of `size` bytes there. Uses T1; destroys the flags.
-    fn probe(&mut self, size: u8, write: bool, missed: Missed) {
+    pub(super) fn probe(&mut self, size: u8, write: bool, missed: Missed) {
         let branch = self.look_up(size, write);
         self.asm.mem(&[], true, &[0x03], T0, Mem::At(T1, Entry::HOST_OFFSET));
         self.slow_path(branch, missed);
@@ -193,15 +209,15 @@ impl Emitter<'_> {
         self.asm.jcc(cc::A, 0)
     }
 
-    /// Re-encodes the instruction for the host. Its memory operand, if it has one, is so many bytes from T0.
-    pub(super) fn host_insn(&mut self, insn: &Instruction, mem: Option<i32>) -> Result<(), Unencodable> {
+    /// Re-encodes the instruction for the host. `mem`: where its memory operand lies, if it has one.
+    pub(super) fn host_insn(&mut self, insn: &Instruction, mem: Option<At>) -> Result<(), Unencodable> {
         let mut i = *insn;
-        if let Some(distance) = mem {
-            i.set_memory_base(Register::R14);
-            i.set_memory_index(Register::None);
-            i.set_memory_index_scale(1);
-            i.set_memory_displacement64(distance as u64);
-            i.set_memory_displ_size(u32::from(distance != 0));
+        if let Some(At { base, index, displacement }) = mem {
+            i.set_memory_base(host_register(Register::RAX, base));
+            i.set_memory_index(index.map_or(Register::None, |(r, _)| host_register(Register::RAX, r)));
+            i.set_memory_index_scale(1 << index.map_or(0, |(_, scale)| scale));
+            i.set_memory_displacement64(displacement as u64);
+            i.set_memory_displ_size(u32::from(displacement != 0));
             i.set_segment_prefix(Register::None);
         }
         let mut free: &[u8] = if mem.is_some() { &[T1] } else { &[T0, T1] };
