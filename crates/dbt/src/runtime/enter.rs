@@ -72,8 +72,8 @@ pub unsafe extern "C" fn slow_group(cpu: u64, va: u64, kind: u64) -> u64 {
     let cpu = unsafe { &mut *(cpu as *mut Cpu) };
     cpu.select_view();
     cpu.counters.helpers.group += 1;
-    let size = (kind & 0xff) as usize;
-    let access = if kind >> 8 & 1 != 0 { Access::Write } else { Access::Read };
+    let size = (kind & 0xffff) as usize;
+    let access = if kind >> 16 & 1 != 0 { Access::Write } else { Access::Read };
     if cpu.is_canonical(va)
         && let Ok(Place::Ram(host)) = cpu.place(va, size, access, Who::Current)
     {

@@ -84,6 +84,8 @@ pub struct Emitter<'a> {
     pub(super) plan: Plan,
     /// Where a region that is a loop goes on after a round.
     pub(super) round: Round,
+    /// The beginning of a loop's first copy.
+    pub(super) first_copy: u64,
     /// Groups whose way to host memory is in a register.
     pub(super) pins: Vec<(u8, u8)>,
     /// The node that is being made.
@@ -120,6 +122,7 @@ impl<'a> Emitter<'a> {
             in_host: false,
             plan: Plan::default(),
             round: Round::Only(0),
+            first_copy: 0,
             pins: Vec::new(),
             node: 0,
             thunks,
@@ -317,9 +320,7 @@ impl<'a> Emitter<'a> {
     /// The identity lane.
     fn host_node(&mut self, node: &Node, mem: Option<MemUse>) -> Result<(), super::operands::Unencodable> {
         let at = mem.map(|mem| match self.place(OPERAND).and_then(|m| Some((m, self.stride(m)?))) {
-            Some((member, stride)) => {
-                self.on_stride(&stride, node.insn.memory_displacement64() as i32, member.at)
-            }
+            Some((member, stride)) => self.on_stride(&stride, &node.insn, member.at),
             None => At::from_t0(self.operand(&node.insn, mem)),
         });
         let complete = self.restore_flags(node.reads | merged(node));

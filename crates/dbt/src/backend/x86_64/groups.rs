@@ -33,6 +33,9 @@ const WALKERS: usize = 4;
 /// Most bytes that a group may move on in a round to be a stride: some rounds should come of a page.
 const STEP: i64 = 512;
 
+/// Most bytes of a table that is a stride: it has to lie on one page.
+const TABLE: i64 = 2048;
+
 /// An access of a group.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Member {
@@ -48,7 +51,7 @@ pub struct Member {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Lead {
     /// Bytes from the group's first to its last.
-    pub span: u8,
+    pub span: u16,
     /// Somebody writes.
     pub write: bool,
     /// It has other members.
@@ -91,6 +94,8 @@ pub struct Stride {
     pub first: i32,
     /// Bytes that the address moves on in a round.
     pub step: i64,
+    /// The index may be anything between 0 and what the span has room for, in each round.
+    pub table: bool,
 }
 
 /// A register in the address of a [`Stride`].
@@ -193,8 +198,8 @@ struct Finder<'a> {
     added: u16,
     /// Registers that changed.
     changed: u16,
-    /// Roots that are one byte wide: an index of this kind stays in its table.
-    bytes: Vec<u16>,
+    /// Roots that are never more than something small: an index of this kind stays in its table.
+    small: Vec<(u16, u32)>,
 }
 
 const RAX: usize = 0;
@@ -218,7 +223,7 @@ impl<'a> Finder<'a> {
             groups: Vec::new(),
             added: 0,
             changed: 0,
-            bytes: Vec::new(),
+            small: Vec::new(),
         }
     }
 
@@ -344,14 +349,14 @@ impl<'a> Finder<'a> {
         let mut mask = 0u16;
         for used in written.used_registers() {
             if !matches!(used.access(), OpAccess::Read | OpAccess::CondRead | OpAccess::NoMemAccess)
-                && let Some(register) = gpr_index(used.register())
+                && let Some(register) = gpr_index(used.register().full_register())
             {
                 mask |= 1 << register;
             }
         }
         (0..16).filter(|register| mask >> register & 1 != 0).for_each(|register| self.forget(register));
-        if matches!(i.code(), Code::Movzx_r32_rm8 | Code::Movzx_r64_rm8) {
-            self.bytes.push(self.roots - 1);
+        if let Some(most) = most_after(i) {
+            self.small.push((self.roots - 1, most));
         }
     }
 
@@ -395,10 +400,13 @@ impl<'a> Finder<'a> {
         self.join((n, OPERAND, distance), key, mem, direct);
     }
 
-    /// Whether the registers of a memory operand are still those that held their roots at the beginning.
+    /// Whether the registers of a memory operand are still those that held their roots at the beginning, or the index is one
+    /// into a table.
     fn direct(&self, i: &Instruction) -> bool {
-        let own = |register| gpr_index(register).is_none_or(|r| self.registers[r].root == initial(r));
-        own(i.memory_base()) && own(i.memory_index())
+        let root = |register| gpr_index(register).map(|r| (r, self.registers[r].root));
+        let own = |register| root(register).is_none_or(|(r, root)| root == initial(r));
+        let small = |register| root(register).is_some_and(|(_, root)| self.small.iter().any(|s| s.0 == root));
+        own(i.memory_base()) && (own(i.memory_index()) || small(i.memory_index()))
     }
 
     /// Puts an access into the latest group that it fits, or into one of its own. A write that may not come about does not
@@ -448,7 +456,9 @@ impl<'a> Finder<'a> {
         };
         let counter = (0..16).find_map(counts);
         for group in &mut self.groups {
-            group.stride = stride(group, &steps, self.changed).filter(|s| s.step == 0 || counter.is_some());
+            let room = self.small.iter().find(|small| small.0 == group.key.index).map(|small| small.1);
+            group.stride =
+                stride(group, &steps, self.changed, room).filter(|s| s.step == 0 || counter.is_some());
         }
         self.mark_walks();
         // What comes behind the loop does not make its groups larger.
@@ -467,7 +477,8 @@ impl<'a> Finder<'a> {
         };
         for group in self.groups.iter_mut().filter(|group| group.stride.is_none()) {
             let Key { base, index, .. } = group.key;
-            group.walks = goes_on(base) && (goes_on(index) || self.bytes.contains(&index));
+            group.walks =
+                goes_on(base) && (goes_on(index) || self.small.iter().any(|small| small.0 == index));
         }
         if self.groups.iter().filter(|group| group.walks).count() > WALKERS {
             self.groups.iter_mut().for_each(|group| group.walks = false);
@@ -498,7 +509,7 @@ impl<'a> Finder<'a> {
 impl Group {
     fn lead(&self) -> Lead {
         Lead {
-            span: (self.max - self.min) as u8,
+            span: (self.max - self.min) as u16,
             write: self.write,
             followed: self.members.len() > 1,
             walks: self.walks,
@@ -508,7 +519,8 @@ impl Group {
 
 /// Says how a group moves in a loop at whose end the registers have moved by `steps`, if they move evenly. A page that may
 /// not be written after all must not become a dirty one: what is behind a branch is no stride if it writes.
-fn stride(group: &Group, steps: &[Option<i64>; 16], changed: u16) -> Option<Stride> {
+/// `room`: how large the index can be, if it is one into a table.
+fn stride(group: &Group, steps: &[Option<i64>; 16], changed: u16, room: Option<u32>) -> Option<Stride> {
     if !group.direct || group.write && group.branches > 0 {
         return None;
     }
@@ -518,18 +530,42 @@ fn stride(group: &Group, steps: &[Option<i64>; 16], changed: u16) -> Option<Stri
     };
     let step = |root: u16| if root == NONE { Some(0) } else { *steps.get(usize::from(root) - 1)? };
     let Key { base, index, scale, segment } = group.key;
-    let step = step(base)?.wrapping_add(step(index)?.wrapping_mul(scale.into()));
+    let lead = group.lead();
+    let (index, steps, span) = match room {
+        Some(room) => (Some(Part { register: 0, changes: true }), 0, i64::from(room) * i64::from(scale)),
+        None => (part(index), step(index)?.wrapping_mul(scale.into()), 0),
+    };
+    let (step, span) = (step(base)?.wrapping_add(steps), span + i64::from(lead.span));
     let first = i32::try_from(group.min).ok()?;
-    (step.unsigned_abs() <= STEP as u64).then_some(Stride {
+    (step.unsigned_abs() <= STEP as u64 && span <= TABLE).then_some(Stride {
         group: 0,
-        lead: group.lead(),
+        lead: Lead { span: span as u16, ..lead },
         base: part(base),
-        index: part(index),
+        index,
         scale: scale.trailing_zeros() as u8,
         segment,
         first,
         step,
+        table: room.is_some(),
     })
+}
+
+/// How large a register can be that an instruction has just written, if that is known and not much.
+fn most_after(i: &Instruction) -> Option<u32> {
+    match i.code() {
+        Code::Movzx_r32_rm8 | Code::Movzx_r64_rm8 => Some(u8::MAX.into()),
+        Code::And_rm32_imm8
+        | Code::And_rm64_imm8
+        | Code::And_rm32_imm32
+        | Code::And_rm64_imm32
+        | Code::And_EAX_imm32
+        | Code::And_RAX_imm32
+            if i.op0_kind() == OpKind::Register =>
+        {
+            u32::try_from(i.immediate(1)).ok().filter(|&most| i64::from(most) < TABLE)
+        }
+        _ => None,
+    }
 }
 
 /// The root of what a register holds when the region begins.
@@ -559,7 +595,7 @@ mod tests {
         Some(Member { group, at, leads: None })
     }
 
-    fn leader(group: u8, at: u8, span: u8, write: bool) -> Option<Member> {
+    fn leader(group: u8, at: u8, span: u16, write: bool) -> Option<Member> {
         Some(Member { group, at, leads: Some(Lead { span, write, followed: true, walks: false }) })
     }
 
@@ -584,6 +620,12 @@ mod tests {
         assert_eq!(places[0][OPERAND], leader(0, 0, 16, false));
         assert_eq!((places[1][OPERAND], places[2][OPERAND]), (member(0, 4), member(0, 8)));
         assert_eq!((places[3][OPERAND], places[4][OPERAND]), (leader(1, 0, 8, false), member(1, 4)));
+    }
+
+    #[test]
+    fn the_high_byte_of_a_register_is_part_of_it() {
+        // mov ecx, [rax]; mov ah, 1; mov ecx, [rax+4]; ret
+        assert!(groups(&[0x8b, 0x08, 0xb4, 0x01, 0x8b, 0x48, 0x04, 0xc3]).is_empty());
     }
 
     #[test]
@@ -640,6 +682,7 @@ mod tests {
             segment: Register::None,
             first: 0,
             step: 8,
+            table: false,
         };
         assert_eq!(plan.strides, [stride]);
     }
@@ -704,14 +747,15 @@ mod tests {
     }
 
     #[test]
-    fn a_table_that_a_byte_looks_up_walks() {
+    fn a_table_that_a_byte_looks_up_is_a_stride() {
         // movzx ecx, cl; xor eax, [rdi+rcx*4]; mov ecx, [rdi+rdx*4]; xor edx, ecx; dec rsi; jne
         let code = [
             0x0f, 0xb6, 0xc9, 0x33, 0x04, 0x8f, 0x8b, 0x0c, 0x97, 0x31, 0xca, 0x48, 0xff, 0xce, 0x75, 0xf0,
             0xc3,
         ];
         let plan = plan(&code);
-        assert_eq!((plan.back, &plan.walking[..]), (Some(5), &[0][..]));
+        let [stride] = plan.strides[..] else { panic!("{:?}", plan.strides) };
+        assert_eq!((plan.back, stride.table, stride.step, stride.lead.span), (Some(5), true, 0, 255 * 4 + 4));
         assert!(plan.places[1][OPERAND].is_some() && plan.places[2][OPERAND].is_none());
     }
 

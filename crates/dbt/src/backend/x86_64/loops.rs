@@ -5,7 +5,7 @@
 //! is the guest's own address plus a constant, with no look at the TLB and no harm to the flags. Nor does anybody look at the
 //! requests; a page is left soon enough.
 
-use iced_x86::{OpKind, Register};
+use iced_x86::{Instruction, OpKind, Register};
 use ruse_arch::state::seg;
 
 use super::{
@@ -28,6 +28,8 @@ use crate::{
 
 /// Rounds before the second copy, less one: a loop that ends sooner is not worth the preparations.
 const FIRST_ROUNDS: u32 = 3;
+/// Rounds in the first copy, less one, if one of the strides cannot be served: it lies on two pages, or not in RAM.
+const OTHER_ROUNDS: u32 = 63;
 
 /// Where the rounds of a loop go on.
 pub(super) enum Round {
@@ -78,7 +80,8 @@ impl Emitter<'_> {
 
     /// The second copy of a loop, if there is one.
     pub(super) fn second_copy(&mut self, region: &Region) {
-        let Round::First(_, further) = &mut self.round else { return };
+        let Round::First(first, further) = &mut self.round else { return };
+        self.first_copy = *first;
         for at in std::mem::take(further) {
             self.asm.bind(at);
         }
@@ -116,12 +119,14 @@ impl Emitter<'_> {
     /// Looks up where a stride is when a round begins; how many rounds it stays on the page counts if no other stays for
     /// less.
     fn prepare(&mut self, stride: &Stride) {
-        let Stride { base, index, first, lead, .. } = *stride;
+        let Stride { base, first, lead, .. } = *stride;
+        // The first entry of a table.
+        let index = stride.index.filter(|_| !stride.table);
         self.sum(T0, base, index, stride.scale, first);
         if let Some(base) = segment_base(stride) {
             self.asm.mem(&[], true, &[0x03], T0, base);
         }
-        self.probe(lead.span, lead.write, Missed::Group(lead));
+        self.probe(lead.span, lead.write, Missed::Stride(lead));
         if stride.step != 0 {
             self.rounds_on_page(stride.step, lead.span);
         }
@@ -150,7 +155,7 @@ impl Emitter<'_> {
     }
 
     /// Lowers the count of rounds to those that a group stays on its page after this one. T0 holds its host address.
-    fn rounds_on_page(&mut self, step: i64, span: u8) {
+    fn rounds_on_page(&mut self, step: i64, span: u16) {
         self.asm.mov(T1, T0);
         self.and_t1(0xfff);
         if step > 0 {
@@ -174,6 +179,12 @@ impl Emitter<'_> {
         self.asm.bind(over);
     }
 
+    /// Out of line: the rounds go on in the first copy for a while.
+    pub(super) fn without_strides(&mut self) {
+        self.asm.store_imm32(block::ROUNDS, OTHER_ROUNDS);
+        self.asm.jmp(self.first_copy);
+    }
+
     /// What the counting register will be when the pages have to be looked up again.
     fn count_rounds(&mut self) {
         let Some((register, step)) = self.plan.counter else { return };
@@ -191,9 +202,10 @@ impl Emitter<'_> {
         matches!(self.round, Round::Second { .. }).then(|| self.plan.strides.iter().find(on).copied())?
     }
 
-    /// Where an access of a stride lies in host memory. `from_first`: bytes from the group's first one. Uses T0, unless its
-    /// way there is in a register.
-    pub(super) fn on_stride(&mut self, stride: &Stride, displacement: i32, from_first: u8) -> At {
+    /// Where an instruction's operand on a stride lies in host memory. `from_first`: bytes from the group's first one. Uses
+    /// T0, unless its way there is in a register.
+    pub(super) fn on_stride(&mut self, stride: &Stride, i: &Instruction, from_first: u8) -> At {
+        let displacement = i.memory_displacement64() as i32;
         let way = match self.pins.iter().find(|pin| pin.0 == stride.group) {
             Some(&(_, register)) => register,
             None => {
@@ -202,8 +214,10 @@ impl Emitter<'_> {
                 T0
             }
         };
-        let changing = |part: Option<Part>| part.filter(|part| part.changes).map(|part| part.register);
-        match (changing(stride.base), changing(stride.index)) {
+        let changing = |part: Option<Part>, register| {
+            part.filter(|part| part.changes).and_then(|_| gpr_index(register)).map(|r| r as u8)
+        };
+        match (changing(stride.base, i.memory_base()), changing(stride.index, i.memory_index())) {
             (None, None) => At { base: way, index: None, displacement: from_first.into() },
             (Some(r), None) => self.along(way, r, 0, displacement),
             (None, Some(r)) => self.along(way, r, stride.scale, displacement),

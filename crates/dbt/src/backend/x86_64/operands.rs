@@ -126,7 +126,7 @@ impl Emitter<'_> {
     pub(super) fn access(&mut self, place: usize, mem: MemUse, address: impl FnOnce(&mut Self)) -> i32 {
         let Some(Member { group, at, leads }) = self.place(place) else {
             address(self);
-            self.probe(mem.size, mem.write, Missed::Access(mem));
+            self.probe(mem.size.into(), mem.write, Missed::Access(mem));
             self.held = None;
             return 0;
         };
@@ -138,7 +138,7 @@ impl Emitter<'_> {
             match self.round {
                 Round::Second { .. } if lead.walks => self.same_page(group, lead),
                 _ if lead.followed => self.probe(lead.span, lead.write, Missed::Group(lead)),
-                _ => self.probe(mem.size, mem.write, Missed::Access(mem)),
+                _ => self.probe(mem.size.into(), mem.write, Missed::Access(mem)),
             }
             if lead.followed {
                 self.asm.store(block::group(group), T0);
@@ -151,7 +151,7 @@ impl Emitter<'_> {
     }
 
     /// Turns the linear address in T0 into the host address of `size` bytes there. Uses T1; destroys the flags.
-    pub(super) fn probe(&mut self, size: u8, write: bool, missed: Missed) {
+    pub(super) fn probe(&mut self, size: u16, write: bool, missed: Missed) {
         let branch = self.look_up(size, write);
         self.asm.mem(&[], true, &[0x03], T0, Mem::At(T1, Entry::HOST_OFFSET));
         self.slow_path(branch, missed);
@@ -187,7 +187,7 @@ impl Emitter<'_> {
 
     /// Makes T1 address the TLB's entry for the linear address in T0, and T0 the distance from its page. Gives the jump
     /// that is taken if the entry is another's, or `size` bytes leave the page.
-    pub(super) fn look_up(&mut self, size: u8, write: bool) -> usize {
+    pub(super) fn look_up(&mut self, size: u16, write: bool) -> usize {
         // The index: bits 12 and up of the address, times the size of an entry.
         const SHIFT: u8 = 12 - size_of::<Entry>().trailing_zeros() as u8;
         const MASK: u32 = ((ENTRIES - 1) * size_of::<Entry>()) as u32;
@@ -203,7 +203,7 @@ impl Emitter<'_> {
     }
 
     /// Compares T0 with what lies on a page before `size` bytes; the jump is taken if it is more.
-    fn fits_page(&mut self, size: u8) -> usize {
+    fn fits_page(&mut self, size: u16) -> usize {
         self.asm.bytes(&[0x49, 0x81, 0xf8 | T0 & 7]); // cmp T0, 4096 - size
         self.asm.bytes(&(4096 - u32::from(size)).to_le_bytes());
         self.asm.jcc(cc::A, 0)

@@ -28,6 +28,8 @@ pub(super) enum Missed {
     Group(Lead),
     /// The page that the group with this number remembers.
     Page(u8, Lead),
+    /// A stride, before the rounds of a loop.
+    Stride(Lead),
 }
 
 /// A jump whose code is out of line.
@@ -124,7 +126,7 @@ impl Emitter<'_> {
         }
     }
 
-    pub(super) fn slow(&mut self, slow: SlowPath) {
+    fn slow(&mut self, slow: SlowPath) {
         self.asm.bind(slow.branch);
         self.marks.push(Mark { host: self.asm.code.len() as u32, guest: slow.guest, host_flags: false });
         match slow.missed {
@@ -136,19 +138,28 @@ impl Emitter<'_> {
             }
             Missed::Group(lead) => self.slow_group(&slow, lead),
             Missed::Page(group, lead) => self.other_page(group, lead, slow),
+            Missed::Stride(lead) => {
+                self.find_group(&slow, lead);
+                self.without_strides();
+            }
         }
     }
 
     /// A group whose bytes are not all accessible: its instructions go on in code without groups.
-    pub(super) fn slow_group(&mut self, slow: &SlowPath, lead: Lead) {
-        // add T0, [T1 + tag]
-        self.asm.mem(&[], true, &[0x03], T0, Mem::At(T1, Entry::tag_offset(lead.write)));
-        self.asm.mov_imm(T1, u64::from(lead.span) | u64::from(lead.write) << 8);
-        self.asm.call(self.thunks.slow_group);
-        self.asm.regs(true, &[0x85], T0, T0); // test T0, T0
-        self.asm.jcc(cc::NE, slow.back);
+    fn slow_group(&mut self, slow: &SlowPath, lead: Lead) {
+        self.find_group(slow, lead);
         let site = self.asm.jmp(0);
         self.link(self.start.wrapping_add(slow.guest.into()), site, false);
         self.links.last_mut().expect("just made").plain = true;
+    }
+
+    /// Goes back if the group's bytes are accessible after all.
+    fn find_group(&mut self, slow: &SlowPath, lead: Lead) {
+        // add T0, [T1 + tag]
+        self.asm.mem(&[], true, &[0x03], T0, Mem::At(T1, Entry::tag_offset(lead.write)));
+        self.asm.mov_imm(T1, u64::from(lead.span) | u64::from(lead.write) << 16);
+        self.asm.call(self.thunks.slow_group);
+        self.asm.regs(true, &[0x85], T0, T0); // test T0, T0
+        self.asm.jcc(cc::NE, slow.back);
     }
 }

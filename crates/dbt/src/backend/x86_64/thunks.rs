@@ -47,7 +47,7 @@ pub struct Thunks {
     /// By index of [`ACCESS_SIZES`] and by whether it is a write. Called after a probe that missed: returns the host
     /// address in T0, or leaves with [`exit::FAULT`].
     pub slow_access: [[u64; 2]; ACCESS_SIZES.len()],
-    /// Called with the linear address of a group of accesses in T0, its bytes and whether it is written (bit 8) in T1:
+    /// Called with the linear address of a group of accesses in T0, its bytes and whether it is written (bit 16) in T1:
     /// returns its host address in T0, or 0 if it cannot be served as one. Destroys the flags.
     pub slow_group: u64,
     /// Called: loads the vector registers and MXCSR into the host's. Destroys the flags.
@@ -320,7 +320,7 @@ fn interpret(asm: &mut Asm, function: u64, store: u64) {
 fn slow_group(asm: &mut Asm, function: u64, load: u64, store: u64) {
     asm.store(block::scratch(2), T0);
     asm.store(block::scratch(3), T1);
-    asm.regs(false, &[0x0f, 0xb6], T1, T1); // movzx T1d, T1b
+    asm.regs(false, &[0x0f, 0xb7], T1, T1); // movzx T1d, T1w
     asm.bytes(&[0x41, 0x81, 0xe0 | T0 & 7]); // and T0d, 0fffh
     asm.bytes(&0xfffu32.to_le_bytes());
     asm.regs(false, &[0x03], T0, T1); // add T0d, T1d
