@@ -2,8 +2,7 @@
 
 use std::arch::naked_asm;
 use std::io;
-
-use crate::memory::null;
+use std::ptr::null_mut;
 
 /// What became of an access.
 #[repr(C)]
@@ -23,7 +22,7 @@ pub fn catch() {
         action.sa_sigaction = handler as *const () as usize;
         action.sa_flags = libc::SA_SIGINFO | libc::SA_NODEFER;
         assert_eq!(
-            libc::sigaction(libc::SIGSEGV, &raw const action, null()),
+            libc::sigaction(libc::SIGSEGV, &raw const action, null_mut()),
             0,
             "{}",
             io::Error::last_os_error()

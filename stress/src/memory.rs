@@ -3,7 +3,7 @@
 use std::io;
 use std::ops::Deref;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-use std::ptr::{self, NonNull};
+use std::ptr::NonNull;
 
 /// Bytes of a page.
 pub const PAGE: usize = 4096;
@@ -138,9 +138,4 @@ impl<T: Sync> Deref for Shared<T> {
 /// Asserts that a system call has succeeded.
 pub fn check(result: i32, what: &str) {
     assert!(result >= 0, "{what}: {}", io::Error::last_os_error());
-}
-
-/// A pointer that stands for no memory.
-pub fn null<T>() -> *mut T {
-    ptr::null_mut()
 }

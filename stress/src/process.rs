@@ -21,8 +21,7 @@ pub struct Child(libc::pid_t);
 pub fn find(name: Name) -> Result<u64, String> {
     let found = Shared::new(AtomicU64::new(0));
     let child = fork(|| {
-        // A process that gets no SIGALRM of its own keeps this one through `execve`, but not through `fork`.
-        // SAFETY: a plain system call.
+        // SAFETY: a plain system call: its signal ends a program that does not end by itself.
         unsafe { libc::alarm(PATIENCE) };
         found.store((name.kind.run)(&mut Random::new(name.seed)), Ordering::Relaxed);
     });

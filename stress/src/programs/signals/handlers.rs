@@ -2,12 +2,12 @@
 
 use std::hint::black_box;
 use std::io;
-use std::ptr;
+use std::ptr::null_mut;
 use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
 
 use super::{CODE, CODE_BYTES, COMES_AND_GOES, Site, Then};
 use crate::digest::Digest;
-use crate::memory::{Mapping, NONE, PAGE, RW, null};
+use crate::memory::{Mapping, NONE, PAGE, RW};
 
 /// The trap flag of RFLAGS.
 const TRAP: i64 = 0x100;
@@ -47,7 +47,7 @@ struct Story {
 }
 
 /// The story of this process, while its code runs.
-static STORY: AtomicPtr<Story> = AtomicPtr::new(ptr::null_mut());
+static STORY: AtomicPtr<Story> = AtomicPtr::new(null_mut());
 /// Interruptions by the timer.
 static TICKS: AtomicU64 = AtomicU64::new(0);
 
@@ -69,12 +69,12 @@ fn install(stack: &Mapping) {
     // SAFETY: plain system calls with valid arguments.
     unsafe {
         let alternate = libc::stack_t { ss_sp: stack.start().cast(), ss_flags: 0, ss_size: 32 * PAGE };
-        assert_eq!(libc::sigaltstack(&raw const alternate, null()), 0);
+        assert_eq!(libc::sigaltstack(&raw const alternate, null_mut()), 0);
         let set = |signal: i32, handler: usize, flags: i32| {
             let mut action: libc::sigaction = std::mem::zeroed();
             action.sa_sigaction = handler;
             action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | flags;
-            assert_eq!(libc::sigaction(signal, &raw const action, null()), 0);
+            assert_eq!(libc::sigaction(signal, &raw const action, null_mut()), 0);
         };
         for signal in [libc::SIGSEGV, libc::SIGBUS, libc::SIGFPE, libc::SIGILL, libc::SIGTRAP] {
             set(signal, fault as *const () as usize, 0);
@@ -92,11 +92,11 @@ impl Timer {
         unsafe {
             let mut event: libc::sigevent = std::mem::zeroed();
             (event.sigev_notify, event.sigev_signo) = (libc::SIGEV_SIGNAL, libc::SIGUSR1);
-            let mut timer = null();
+            let mut timer = null_mut();
             assert_eq!(libc::timer_create(libc::CLOCK_MONOTONIC, &raw mut event, &raw mut timer), 0);
             let every = libc::timespec { tv_sec: 0, tv_nsec: nanoseconds };
             let times = libc::itimerspec { it_interval: every, it_value: every };
-            assert_eq!(libc::timer_settime(timer, 0, &raw const times, null()), 0);
+            assert_eq!(libc::timer_settime(timer, 0, &raw const times, null_mut()), 0);
             Timer(timer)
         }
     }
