@@ -109,12 +109,12 @@ fn sequence(random: &mut Random) -> u64 {
 fn atomics(random: &mut Random) -> u64 {
     let memory = Mapping::new(2 * PAGE, RW);
     let offset = match random.below(8) {
-        0 => PAGE - 1 - random.below(7) as usize,
-        1 => 64 - 1 - random.below(7) as usize,
+        0 | 1 => PAGE - 1 - random.below(7) as usize,
+        2 => 64 - 1 - random.below(7) as usize,
         _ => random.below(500) as usize * 8,
     };
-    // What crosses a cache line locks the whole bus.
-    let times = if offset % 64 > 56 { 60 } else { 2000 };
+    // What crosses a cache line keeps all CPUs of the host waiting.
+    let times = if offset % 64 > 56 { 100 } else { 2000 };
     let at = memory.start().wrapping_add(offset) as u64;
     all(|_| {
         for _ in 0..times {
