@@ -94,6 +94,30 @@ fn every_register_works_with_memory() {
 }
 
 #[test]
+fn high_bytes_and_memory_need_no_tier_0() {
+    let (vcpu, _) = run(|a| {
+        let mut again = a.create_label();
+        a.mov(rbx, DATA).unwrap();
+        a.mov(rsi, 1000u64).unwrap();
+        a.mov(rax, 0u64).unwrap();
+        a.mov(rdx, 0x1234_5678u64).unwrap();
+        a.set_label(&mut again).unwrap();
+        a.mov(byte_ptr(rbx), dh).unwrap();
+        a.stc().unwrap();
+        a.adc(ah, byte_ptr(rbx)).unwrap();
+        a.xchg(byte_ptr(rbx + 1), dh).unwrap();
+        a.mov(dh, byte_ptr(rbx)).unwrap();
+        a.mov(rax, qword_ptr(rbx)).unwrap();
+        a.sub(rsi, 1).unwrap();
+        a.jne(again).unwrap();
+    });
+    assert_eq!(result(&vcpu), 0x5656);
+    assert_eq!(vcpu.cpu().gpr[reg::RDX], 0x1234_5678);
+    assert_eq!(vcpu.counters().get("tier0.adc"), 0);
+    assert_eq!(vcpu.counters().get("tier0.mov"), 0);
+}
+
+#[test]
 fn flags_survive_memory_accesses_and_exits() {
     let (vcpu, _) = run(|a| {
         let (mut carry, mut out) = (a.create_label(), a.create_label());

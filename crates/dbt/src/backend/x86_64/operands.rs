@@ -1,6 +1,8 @@
 //! Operands: guest addresses computed in host registers, TLB probes, guest instructions re-encoded.
 
-use iced_x86::{Instruction, InstructionInfoFactory, InstructionInfoOptions, OpAccess, OpKind, Register};
+use iced_x86::{
+    Instruction, InstructionInfoFactory, InstructionInfoOptions, Mnemonic, OpAccess, OpKind, Register,
+};
 use ruse_arch::state::seg;
 
 use super::{
@@ -220,6 +222,10 @@ impl Emitter<'_> {
             i.set_memory_displ_size(u32::from(displacement != 0));
             i.set_segment_prefix(Register::None);
         }
+        let high = match mem {
+            Some(at) => lower_half_for(&mut i, at)?,
+            None => None,
+        };
         let mut free: &[u8] = if mem.is_some() { &[T1] } else { &[T0, T1] };
         let mut moved: Vec<(usize, u8, bool, bool)> = Vec::new();
         for op in 0..i.op_count() {
@@ -257,13 +263,22 @@ impl Emitter<'_> {
                 self.asm.load(r, block::gpr(guest));
             }
         }
+        self.exchange_bytes(high);
         self.encode(&i)?;
+        self.exchange_bytes(high);
         for &(guest, r, _, writes) in &moved {
             if writes {
                 self.asm.store(block::gpr(guest), r);
             }
         }
         Ok(())
+    }
+
+    /// `xchg` of the two lowest bytes of a register, of the first four. Leaves the flags alone.
+    fn exchange_bytes(&mut self, register: Option<u8>) {
+        if let Some(r) = register {
+            self.asm.bytes(&[0x86, 0xc0 | (r + 4) << 3 | r]);
+        }
     }
 
     /// Appends an instruction as iced encodes it.
@@ -278,6 +293,22 @@ impl Emitter<'_> {
         }
         Ok(())
     }
+}
+
+/// AH to DH cannot be named beside a register above the first eight (SDM volume 2, 2.2.1.2), such as T0: where the
+/// instruction names one of them, makes it name the lower byte, with which it is to be exchanged, and gives the register.
+fn lower_half_for(i: &mut Instruction, at: At) -> Result<Option<u8>, Unencodable> {
+    let high = |op: &u32| {
+        i.op_kind(*op) == OpKind::Register && (Register::AH..=Register::BH).contains(&i.op_register(*op))
+    };
+    let Some(op) = (0..i.op_count()).find(high) else { return Ok(None) };
+    let number = (i.op_register(op) as usize - Register::AH as usize) as u8;
+    // An address, or the accumulator that CMPXCHG does not name, needs the bytes in their places.
+    if at.base == number || at.index.is_some_and(|(r, _)| r == number) || i.mnemonic() == Mnemonic::Cmpxchg {
+        return Err(Unencodable);
+    }
+    i.set_op_register(op, host_register(Register::AL, number));
+    Ok(Some(number))
 }
 
 /// Whether an operand's register is read and written. A narrow write keeps the rest, so it counts as a read too.
