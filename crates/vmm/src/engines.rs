@@ -12,7 +12,7 @@ pub fn engine_for(config: &MachineConfig, choice: &Choice) -> Result<Box<dyn Eng
     Ok(match choice.engine {
         Accel::Kvm => Box::new(KvmEngine::open()?),
         Accel::Dbt | Accel::Auto => {
-            let options = DbtOptions { tier: config.tier, check: config.check };
+            let options = DbtOptions { tier: config.tier, check: config.check, ..DbtOptions::default() };
             let profile = ProfileOptions { perf_map: config.perf_map, jitdump: config.jitdump.clone() };
             Box::new(DbtEngine::with_profile(options, profile))
         }

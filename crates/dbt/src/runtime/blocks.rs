@@ -13,6 +13,7 @@ use iced_x86::{Encoder, InstructionInfoFactory};
 use super::{marks::Marks, profile::Profile};
 use crate::{
     backend::x86_64::{
+        audit::audit,
         emit::{self, Code, Emitter},
         thunks::{Calls, Thunks},
     },
@@ -154,6 +155,8 @@ pub struct Blocks {
     by_page: Map<u64, Vec<u32>>,
     links: Vec<Link>,
     counts: Counts,
+    /// Code is looked through when it is made.
+    audited: bool,
     /// Who wants to know of new code.
     profile: Option<Arc<Profile>>,
 }
@@ -194,6 +197,7 @@ impl Blocks {
             by_page: Map::default(),
             links: Vec::new(),
             counts: Counts::default(),
+            audited: false,
             profile: None,
         })
     }
@@ -205,6 +209,11 @@ impl Blocks {
         let code = unsafe { std::slice::from_raw_parts(at, self.thunks_end) };
         profile.add("shared_code", at as u64, code);
         self.profile = Some(profile);
+    }
+
+    /// All code is looked through when it is made, from now on.
+    pub fn audit(&mut self) {
+        self.audited = true;
     }
 
     /// The shared code.
@@ -280,7 +289,13 @@ impl Blocks {
         let emitter = Emitter::new(base, first_link, &mut self.encoder, &mut self.info, &self.thunks);
         // A second page may be another one when the links of a block are used that lead to itself.
         let grouped = !mode.plain && source.second.is_none();
-        let Code { bytes, links, marks } = emitter.emit(region, grouped);
+        let code = emitter.emit(region, grouped);
+        if self.audited
+            && let Err(what) = audit(&code, base, &self.thunks)
+        {
+            panic!("the code of the region at {:#x} (mode {mode:?}): {what}", region.start);
+        }
+        let Code { bytes, links, marks, .. } = code;
         let at = self.memory.push(&bytes, 16)?;
         if let Some(profile) = &self.profile {
             let (half, plain) =

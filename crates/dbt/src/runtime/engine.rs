@@ -32,6 +32,9 @@ pub struct DbtOptions {
     pub tier: Option<u8>,
     /// Executes each instruction in both tiers and stops at the first difference.
     pub check: bool,
+    /// Looks through all the code that it makes ([`crate::backend::x86_64::audit`]), and panics where that reaches more
+    /// than it may: for tests.
+    pub audit: bool,
 }
 
 /// Runs guest CPUs by dynamic binary translation.

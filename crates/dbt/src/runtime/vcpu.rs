@@ -64,7 +64,7 @@ impl DbtVcpu {
         // The check executes what tier 0 does only once.
         let lifter = Lifter::new(Box::new(move |i| features.allow(i)), !options.check);
         let avx = std::is_x86_feature_detected!("avx");
-        let blocks = Blocks::new(
+        let mut blocks = Blocks::new(
             Calls {
                 slow_access: enter::slow_access,
                 slow_group: enter::slow_group,
@@ -75,6 +75,9 @@ impl DbtVcpu {
             lifter,
             avx,
         )?;
+        if options.audit {
+            blocks.audit();
+        }
         cpu.update_mode();
         Ok(Self { cpu, blocks, handle, peer, options, pending_link: None, mismatch: None })
     }

@@ -20,7 +20,8 @@ impl Translator {
     /// A CPU with everything that the engine offers.
     pub fn new() -> Self {
         let (cpu, ram) = machine();
-        let vcpu = DbtVcpu::new(cpu, DbtOptions::default()).expect("memory for generated code");
+        let vcpu = DbtVcpu::new(cpu, DbtOptions { audit: true, ..DbtOptions::default() })
+            .expect("memory for generated code");
         Self { vcpu, ram, cases: 0 }
     }
 

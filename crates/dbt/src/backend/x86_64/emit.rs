@@ -1,5 +1,7 @@
 //! Makes host code of a region.
 
+use std::ops::Range;
+
 use iced_x86::{Encoder, Instruction, InstructionInfoFactory, RflagsBits};
 use ruse_arch::flags::rflags;
 
@@ -67,6 +69,8 @@ pub struct Code {
     pub links: Vec<Link>,
     /// Guest instructions, by ascending host offset.
     pub marks: Vec<Mark>,
+    /// Offsets of the rounds of a loop that were counted before.
+    pub rounds: Range<u32>,
 }
 
 /// Makes the code of one region.
@@ -92,6 +96,8 @@ pub struct Emitter<'a> {
     node: usize,
     pub(super) thunks: &'a Thunks,
     pub(super) stubs: Vec<Stub>,
+    /// See [`Code::rounds`].
+    pub(super) rounds: Range<u32>,
     pub(super) links: Vec<Link>,
     pub(super) marks: Vec<Mark>,
     pub(super) slow_strings: Vec<SlowString>,
@@ -127,6 +133,7 @@ impl<'a> Emitter<'a> {
             node: 0,
             thunks,
             stubs: Vec::new(),
+            rounds: 0..0,
             links: Vec::new(),
             marks: Vec::new(),
             slow_strings: Vec::new(),
@@ -160,7 +167,7 @@ impl<'a> Emitter<'a> {
         self.nodes(region);
         self.second_copy(region);
         self.out_of_line();
-        Code { bytes: self.asm.code, links: self.links, marks: self.marks }
+        Code { bytes: self.asm.code, links: self.links, marks: self.marks, rounds: self.rounds }
     }
 
     /// As at the region's beginning.

@@ -101,7 +101,9 @@ impl Emitter<'_> {
         }
         self.plan.strides = strides;
         self.round = Round::Second { top: self.asm.here(), again };
+        self.rounds.start = self.asm.code.len() as u32;
         self.nodes(region);
+        self.rounds.end = self.asm.code.len() as u32;
         self.pins.clear();
     }
 

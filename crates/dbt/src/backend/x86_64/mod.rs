@@ -7,6 +7,7 @@
 //! Between regions the arithmetic flags lie in [`crate::cpu::Cpu::arith`].
 
 pub mod asm;
+pub mod audit;
 pub mod emit;
 mod exits;
 pub mod groups;
