@@ -73,7 +73,8 @@ impl Cpu {
             self.read_place(first, buf);
             return Ok(());
         }
-        let second = self.place(self.wrap(la + split as u64), buf.len() - split, Access::Read, who)?;
+        let second =
+            self.place(self.wrap(la.wrapping_add(split as u64)), buf.len() - split, Access::Read, who)?;
         let (head, tail) = buf.split_at_mut(split);
         self.read_place(first, head);
         self.read_place(second, tail);
@@ -90,7 +91,8 @@ impl Cpu {
             self.write_place(first, bytes);
             return Ok(());
         }
-        let second = self.place(self.wrap(la + split as u64), bytes.len() - split, Access::Write, who)?;
+        let second =
+            self.place(self.wrap(la.wrapping_add(split as u64)), bytes.len() - split, Access::Write, who)?;
         let (head, tail) = bytes.split_at(split);
         self.write_place(first, head);
         self.write_place(second, tail);
@@ -103,7 +105,7 @@ impl Cpu {
         let split = first_part(la, len);
         self.place(la, split, access, who)?;
         if split < len {
-            self.place(self.wrap(la + split as u64), len - split, access, who)?;
+            self.place(self.wrap(la.wrapping_add(split as u64)), len - split, access, who)?;
         }
         Ok(())
     }

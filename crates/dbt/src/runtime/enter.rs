@@ -46,7 +46,8 @@ pub unsafe extern "C" fn slow_access(cpu: u64, va: u64, kind: u64, pc: u64) -> u
     cpu.counters.helpers.access += 1;
     let size = (kind & 0xff) as usize;
     let access = if kind >> 8 & 1 != 0 { Access::Write } else { Access::Read };
-    if cpu.is_canonical(va) && va.wrapping_add(size as u64 - 1) >= va {
+    let last = va.wrapping_add(size as u64 - 1);
+    if cpu.is_canonical(va) && cpu.is_canonical(last) && last >= va {
         if va as usize % 4096 + size <= 4096 {
             if let Ok(Place::Ram(host)) = cpu.place(va, size, access, Who::Current) {
                 return host as u64;

@@ -89,12 +89,22 @@ extern "C" fn handle(signal: libc::c_int, info: *mut libc::siginfo_t, context: *
     let registers = &mut context.uc_mcontext.gregs;
     let region = REGION.get();
     let pc = registers[libc::REG_RIP as usize] as u64;
-    if (region.start..region.end).contains(&pc) {
+    // SAFETY: SA_SIGINFO passes a valid siginfo.
+    let code = unsafe { (*info).si_code };
+    if (region.start..region.end).contains(&pc) && is_the_instructions(signal, code) {
         registers[libc::REG_R14 as usize] = pc as i64;
         registers[libc::REG_RIP as usize] = region.exit as i64;
         return;
     }
     pass_on(signal, info, std::ptr::from_mut(context).cast());
+}
+
+/// Whether an instruction of the guest may have brought the signal about by itself. An address that the host has not mapped
+/// is none that a probe has found: going on would let whoever made the access look for another.
+fn is_the_instructions(signal: libc::c_int, code: libc::c_int) -> bool {
+    /// A general-protection exception (arch/x86/kernel/traps.c of Linux).
+    const SI_KERNEL: libc::c_int = 0x80;
+    signal != libc::SIGSEGV || code == SI_KERNEL
 }
 
 /// Not ours: what was there before decides.
@@ -119,5 +129,48 @@ fn pass_on(signal: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::
             // SAFETY: back to the default action; returning repeats the fault, which ends the process.
             unsafe { libc::sigaction(signal, &default, std::ptr::null_mut()) };
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::code_memory::CodeMemory;
+
+    /// How a process ends that executes `code` as generated code: with exit code 7 if the way out was taken.
+    fn end_of(code: &[u8]) -> libc::c_int {
+        let mut memory = CodeMemory::new(4096).unwrap();
+        // mov edi, 7; mov eax, 231 (exit_group); syscall
+        let exit = memory.push(&[0xbf, 7, 0, 0, 0, 0xb8, 231, 0, 0, 0, 0x0f, 0x05], 16).unwrap();
+        let start = memory.push(code, 16).unwrap();
+        arm(&(start as u64..start as u64 + code.len() as u64), exit as u64);
+        // SAFETY: the child executes nothing but the code above and the signal handler.
+        let child = unsafe { libc::fork() };
+        if child == 0 {
+            // SAFETY: the code ends the process one way or the other.
+            unsafe { std::mem::transmute::<*const u8, extern "C" fn()>(start)() };
+        }
+        let mut status = 0;
+        // SAFETY: our own child, which is waited for once.
+        unsafe { libc::waitpid(child, &mut status, 0) };
+        status
+    }
+
+    #[test]
+    fn what_an_instruction_raises_itself_leads_out_of_generated_code() {
+        // xor ecx, ecx; div ecx
+        let division = end_of(&[0x31, 0xc9, 0xf7, 0xf1]);
+        // mov rax, 1 << 63; mov al, [rax]
+        let no_address = end_of(&[0x48, 0xb8, 0, 0, 0, 0, 0, 0, 0, 0x80, 0x8a, 0x00]);
+        for status in [division, no_address] {
+            assert!(libc::WIFEXITED(status) && libc::WEXITSTATUS(status) == 7, "{status:#x}");
+        }
+    }
+
+    #[test]
+    fn an_access_to_what_is_not_mapped_ends_the_process() {
+        // mov al, [8]
+        let status = end_of(&[0x8a, 0x04, 0x25, 8, 0, 0, 0]);
+        assert!(libc::WIFSIGNALED(status) && libc::WTERMSIG(status) == libc::SIGSEGV, "{status:#x}");
     }
 }

@@ -7,6 +7,8 @@ mod cross_tests;
 pub mod engine;
 mod enter;
 mod fault;
+#[cfg(test)]
+mod isolation_tests;
 mod marks;
 mod mode;
 pub mod profile;

@@ -128,7 +128,7 @@ fn fetch_slow(cpu: &mut Cpu, la: u64, limit: usize, place: Place) -> Result<(), 
     let mut have = first;
     let mut found = decode(cpu, &bytes[..have]);
     if found == Err(DecoderError::NoMoreBytes) && have < limit {
-        let second = cpu.place(cpu.wrap(la + left as u64), 1, Access::Fetch, Who::Current)?;
+        let second = cpu.place(cpu.wrap(la.wrapping_add(left as u64)), 1, Access::Fetch, Who::Current)?;
         cpu.read_place(second, &mut bytes[have..limit]);
         have = limit;
         found = decode(cpu, &bytes[..have]);

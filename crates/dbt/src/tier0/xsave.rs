@@ -216,7 +216,9 @@ fn xsave(cpu: &mut Cpu, insn: &Insn) -> Result<(), Exception> {
     }
     let written = if optimised { asked & used } else { asked };
     let image = legacy_image(cpu, insn);
-    let put = |cpu: &mut Cpu, at: usize, bytes: &[u8]| cpu.write_linear(la + at as u64, bytes, Who::Current);
+    let put = |cpu: &mut Cpu, at: usize, bytes: &[u8]| {
+        cpu.write_linear(la.wrapping_add(at as u64), bytes, Who::Current)
+    };
     if written & X87 != 0 {
         put(cpu, 0, &image[..24])?;
         put(cpu, 32, &image[32..160])?;
@@ -234,7 +236,7 @@ fn xsave(cpu: &mut Cpu, insn: &Insn) -> Result<(), Exception> {
         put(cpu, LEGACY, &(asked & used).to_le_bytes())?;
         return put(cpu, LEGACY + 8, &(asked | COMPACTED).to_le_bytes());
     }
-    let old = cpu.read_value(la + LEGACY as u64, 8, Who::Current)?;
+    let old = cpu.read_value(la.wrapping_add(LEGACY as u64), 8, Who::Current)?;
     put(cpu, LEGACY, &(old & !asked | asked & used).to_le_bytes())
 }
 
