@@ -50,11 +50,11 @@ pub fn with_constant(code: Code, r: Register, value: i32) -> Instruction {
     Instruction::with2(code, r, value).expect("operands that the form has")
 }
 
-fn load(code: Code, r: Register, from: MemoryOperand) -> Instruction {
+pub fn load(code: Code, r: Register, from: MemoryOperand) -> Instruction {
     Instruction::with2(code, r, from).expect("operands that the form has")
 }
 
-fn store(code: Code, to: MemoryOperand, r: Register) -> Instruction {
+pub fn store(code: Code, to: MemoryOperand, r: Register) -> Instruction {
     Instruction::with2(code, to, r).expect("operands that the form has")
 }
 
@@ -162,7 +162,7 @@ impl<'a> Builder<'a> {
         }
     }
 
-    fn pointer(&mut self) -> u64 {
+    pub fn pointer(&mut self) -> u64 {
         self.random.pick(&self.roles.pointers)
     }
 

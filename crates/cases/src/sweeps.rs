@@ -1,9 +1,11 @@
 //! Loops of many rounds over the data: what walks through memory, and how far, is what translators count on.
 
-use iced_x86::{Code, Instruction};
+use iced_x86::{Code, Instruction, MemoryOperand, Register};
 
 use crate::{
-    items::{Builder, label, near, r32, r64, two, with_constant},
+    case::WINDOW,
+    items::{Builder, label, load, near, r32, r64, store, two, with_constant},
+    operands::nth,
     program::own_label,
 };
 
@@ -68,9 +70,38 @@ impl Builder<'_> {
             0 => self.conditional(n),
             1..=6 => self.of(&self.pools.vector),
             7 => self.of(&self.pools.x87),
+            9..=11 => self.look_up(),
             8 => self.push_or_pop(),
             _ => self.plain(),
         }
+    }
+
+    /// An access to a table, by an index that is not large.
+    fn look_up(&mut self) {
+        let (index, value) = (self.free(), self.free());
+        let (pointer, near_it) = (self.pointer(), self.random.below(64) as i64 - 32);
+        let small = match self.random.below(3) {
+            0 => {
+                let from = self.random.below(16);
+                two(Code::Movzx_r32_rm8, r32(index), nth(Register::AL, from))
+            }
+            1 => load(Code::Movzx_r32_rm8, r32(index), near(pointer, near_it)),
+            _ => with_constant(Code::And_rm32_imm8, r32(index), self.random.pick(&[7, 15, 63, 127])),
+        };
+        self.push(small);
+        let (base, displacement) = match self.random.below(10) {
+            0 => (Register::None, WINDOW as i64 + 512 + near_it),
+            _ => (r64(pointer), near_it),
+        };
+        let scale = 1 << self.random.below(4);
+        let at = MemoryOperand::with_base_index_scale_displ_size(base, r64(index), scale, displacement, 8);
+        let access = match self.random.below(4) {
+            0 => store(Code::Mov_rm32_r32, at, r32(value)),
+            1 => load(Code::Xor_r32_rm32, r32(value), at),
+            2 => load(Code::Add_r64_rm64, r64(value), at),
+            _ => load(Code::Movzx_r32_rm8, r32(value), at),
+        };
+        self.push(access);
     }
 
     /// The end of a round.

@@ -16,7 +16,11 @@ use ruse_arch::{
 };
 use ruse_engine::{Bus, Clock, CpuidTable, DoorbellReader, IoAddress};
 
-use crate::{backend::x86_64::groups::GROUPS, counters::Counters, mmu::Mmu};
+use crate::{
+    backend::x86_64::{groups::GROUPS, loops::FIRST_ROUNDS},
+    counters::Counters,
+    mmu::Mmu,
+};
 
 /// What other threads ask of a vCPU; bits of [`Shared::requests`]. Any bit makes translated code return at the next
 /// block.
@@ -156,6 +160,8 @@ pub struct Cpu {
     /// Where those that walk through memory were last: linear and host address of the page. For those that move evenly: the
     /// way from the registers of the address to host memory, in the second place.
     pub group_pages: [[u64; 2]; GROUPS],
+    /// Rounds, less one, in the first copy of the code of loops with tables. Loops share the places.
+    pub first_rounds: [u32; LOOPS],
     /// Rounds that a loop may yet make.
     pub rounds: u32,
     /// What the register that counts them holds when there are none left.
@@ -262,6 +268,9 @@ pub struct Arena {
     cpu: std::cell::UnsafeCell<std::mem::MaybeUninit<Cpu>>,
 }
 
+/// Places for the first rounds of loops; a power of two.
+pub const LOOPS: usize = 256;
+
 /// Offset of [`Shared::requests`] from the GS base (which is the address of the [`Cpu`]).
 pub const REQUESTS_OFFSET: i32 = std::mem::offset_of!(Arena, shared) as i32
     + std::mem::offset_of!(Shared, requests) as i32
@@ -350,6 +359,7 @@ impl Cpu {
             host_rsp: 0,
             groups: [0; GROUPS],
             group_pages: [[0; 2]; GROUPS],
+            first_rounds: [FIRST_ROUNDS; LOOPS],
             rounds: 0,
             last_round: 0,
             stack_limit: 0,

@@ -17,6 +17,7 @@ use super::{
     loops::Round,
     operands::At,
     out_of_line::{SlowPath, Stub, StubKind},
+    scratch::Copies,
     strings::SlowString,
     thunks::{JUMP_HOST, Thunks},
 };
@@ -82,6 +83,8 @@ pub struct Emitter<'a> {
     pub(super) guest_offset: u16,
     /// The group whose address T0 holds.
     pub(super) held: Option<u8>,
+    /// What else T0 and T1 hold.
+    pub(super) copies: Copies,
     /// The arithmetic flags are in the host's flags.
     pub(super) in_host: bool,
     /// Groups of accesses.
@@ -125,6 +128,7 @@ impl<'a> Emitter<'a> {
             slow_paths: Vec::new(),
             guest_offset: 0,
             held: None,
+            copies: Copies::default(),
             in_host: false,
             plan: Plan::default(),
             round: Round::Only(0),
@@ -174,7 +178,7 @@ impl<'a> Emitter<'a> {
     pub(super) fn begin_again(&mut self) {
         self.guest_offset = 0;
         (self.in_host, self.in_block, self.x87_loaded) = (false, true, false);
-        self.held = None;
+        self.forget_copies();
     }
 
     pub(super) fn nodes(&mut self, region: &Region) {
@@ -229,6 +233,7 @@ impl<'a> Emitter<'a> {
     /// Emits one node; `true` if nothing runs after it.
     fn node(&mut self, node: &Node) -> bool {
         let i = &node.insn;
+        self.copies_at(&node.op);
         if node.x87 && !self.x87_loaded {
             self.load_x87();
         }
@@ -321,7 +326,7 @@ impl<'a> Emitter<'a> {
     /// After code that may have called tier 0: the flags are in the block, the x87 registers may be as well.
     pub(super) fn flags_are_in_block(&mut self) {
         (self.in_host, self.in_block, self.x87_loaded) = (false, true, false);
-        self.held = None;
+        self.forget_copies();
     }
 
     /// The identity lane.
@@ -362,6 +367,7 @@ impl<'a> Emitter<'a> {
         }
         // POPFQ takes some twenty cycles; SAHF sets all but OF, which an addition sets before.
         const RAX: u8 = 0;
+        self.changes(T1);
         self.asm.mov(T1, RAX);
         self.asm.mem(&[], false, &[0x8b], RAX, block::ARITH); // mov eax, [arith]
         self.asm.bytes(&[0x86, 0xe0]); // xchg al, ah
@@ -378,6 +384,7 @@ impl<'a> Emitter<'a> {
         let over = self.asm.jcc(cc::NE, 0);
         self.asm.call(self.thunks.load_x87);
         self.asm.bind(over);
+        self.forget_copies();
         self.in_host = false;
         self.x87_loaded = true;
     }

@@ -98,6 +98,13 @@ pub struct Stride {
     pub table: bool,
 }
 
+impl Stride {
+    /// No register of the address changes in the loop.
+    pub fn stands_still(&self) -> bool {
+        ![self.base, self.index].into_iter().flatten().any(|part| part.changes)
+    }
+}
+
 /// A register in the address of a [`Stride`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Part {

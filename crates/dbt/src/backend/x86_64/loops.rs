@@ -27,9 +27,11 @@ use crate::{
 };
 
 /// Rounds before the second copy, less one: a loop that ends sooner is not worth the preparations.
-const FIRST_ROUNDS: u32 = 3;
-/// Rounds in the first copy, less one, if one of the strides cannot be served: it lies on two pages, or not in RAM.
-const OTHER_ROUNDS: u32 = 63;
+pub const FIRST_ROUNDS: u32 = 3;
+/// Rounds in the first copy, less one, if a stride cannot be served: it lies on two pages, or not in RAM.
+const OTHER_ROUNDS: u32 = 7;
+/// As [`FIRST_ROUNDS`], for loops with tables that could not be served: where a table lies, it often stays.
+const PATIENT_ROUNDS: u32 = 1023;
 
 /// Where the rounds of a loop go on.
 pub(super) enum Round {
@@ -47,7 +49,12 @@ impl Emitter<'_> {
         if self.plan.strides.is_empty() && self.plan.walking.is_empty() {
             self.round = Round::Only(self.asm.here());
         } else {
-            self.asm.store_imm32(block::ROUNDS, FIRST_ROUNDS);
+            if self.plan.strides.iter().any(|stride| stride.table) {
+                self.asm.mem(&[], false, &[0x8b], T0, block::first_rounds(self.start)); // mov T0d, [first]
+                self.asm.mem(&[], false, &[0x89], T0, block::ROUNDS); // mov [rounds], T0d
+            } else {
+                self.asm.store_imm32(block::ROUNDS, FIRST_ROUNDS);
+            }
             self.round = Round::First(self.asm.here(), Vec::new());
         }
     }
@@ -128,14 +135,14 @@ impl Emitter<'_> {
         if let Some(base) = segment_base(stride) {
             self.asm.mem(&[], true, &[0x03], T0, base);
         }
-        self.probe(lead.span, lead.write, Missed::Stride(lead));
+        self.probe(lead.span, lead.write, Missed::Stride(lead, stride.table));
         if stride.step != 0 {
             self.rounds_on_page(stride.step, lead.span);
         }
-        // What is left is the way from the registers that change to the host address.
-        let (base, index) = (base.filter(|part| part.changes), index.filter(|part| part.changes));
-        if base.is_some() || index.is_some() {
-            self.sum(T1, base, index, stride.scale, first);
+        if !stride.stands_still() {
+            // What is left is the way from the registers that change to the host address.
+            let changing = |part: Option<Part>| part.filter(|part| part.changes);
+            self.sum(T1, changing(base), changing(index), stride.scale, first);
             self.asm.regs(true, &[0x2b], T0, T1); // sub T0, T1
         }
         self.asm.store(block::group_host(stride.group), T0);
@@ -182,8 +189,12 @@ impl Emitter<'_> {
     }
 
     /// Out of line: the rounds go on in the first copy for a while.
-    pub(super) fn without_strides(&mut self) {
-        self.asm.store_imm32(block::ROUNDS, OTHER_ROUNDS);
+    pub(super) fn without_strides(&mut self, table: bool) {
+        let rounds = if table { PATIENT_ROUNDS } else { OTHER_ROUNDS };
+        self.asm.store_imm32(block::ROUNDS, rounds);
+        if table {
+            self.asm.store_imm32(block::first_rounds(self.start), rounds);
+        }
         self.asm.jmp(self.first_copy);
     }
 
@@ -211,7 +222,7 @@ impl Emitter<'_> {
         let way = match self.pins.iter().find(|pin| pin.0 == stride.group) {
             Some(&(_, register)) => register,
             None => {
-                self.held = None;
+                self.changes(T0);
                 self.asm.load(T0, block::group_host(stride.group));
                 T0
             }
@@ -220,13 +231,14 @@ impl Emitter<'_> {
             part.filter(|part| part.changes).and_then(|_| gpr_index(register)).map(|r| r as u8)
         };
         match (changing(stride.base, i.memory_base()), changing(stride.index, i.memory_index())) {
+            // The address stands still.
             (None, None) => At { base: way, index: None, displacement: from_first.into() },
             (Some(r), None) => self.along(way, r, 0, displacement),
             (None, Some(r)) => self.along(way, r, stride.scale, displacement),
             (Some(base), Some(index)) => {
                 let between = self.along(way, base, 0, 0);
+                self.changes(T0);
                 lea(&mut self.asm, T0, Some(between.base), between.index, 0, true);
-                self.held = None;
                 self.along(T0, index, stride.scale, displacement)
             }
         }
@@ -238,8 +250,8 @@ impl Emitter<'_> {
             Home::Host(r) => At { base, index: Some((r, scale)), displacement },
             Home::Block(_) => {
                 let r = self.loaded(register, T1);
+                self.changes(T0);
                 lea(&mut self.asm, T0, Some(base), Some((r, scale)), 0, true);
-                self.held = None;
                 At { base: T0, index: None, displacement }
             }
         }

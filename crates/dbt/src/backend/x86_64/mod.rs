@@ -11,9 +11,10 @@ pub mod audit;
 pub mod emit;
 mod exits;
 pub mod groups;
-mod loops;
+pub mod loops;
 mod operands;
 mod out_of_line;
+mod scratch;
 mod strings;
 mod system;
 pub mod thunks;
@@ -21,7 +22,7 @@ pub mod thunks;
 use std::mem::offset_of;
 
 use self::asm::Mem;
-use crate::cpu::{Cpu, REQUESTS_OFFSET};
+use crate::cpu::{Cpu, LOOPS, REQUESTS_OFFSET};
 
 /// Where a guest register lives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -85,6 +86,11 @@ pub(crate) mod block {
     }
     pub fn group_host(number: u8) -> Mem {
         Mem::Block(offset_of!(Cpu, group_pages) as i32 + 16 * i32::from(number) + 8)
+    }
+    /// For the loop at a linear address.
+    pub fn first_rounds(start: u64) -> Mem {
+        let n = (start ^ start >> 6) as usize % LOOPS;
+        Mem::Block((offset_of!(Cpu, first_rounds) + size_of::<u32>() * n) as i32)
     }
     pub const ROUNDS: Mem = Mem::Block(offset_of!(Cpu, rounds) as i32);
     pub const LAST_ROUND: Mem = Mem::Block(offset_of!(Cpu, last_round) as i32);

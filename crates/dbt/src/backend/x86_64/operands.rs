@@ -46,6 +46,16 @@ fn host_register(like: Register, number: u8) -> Register {
     Register::try_from(first as usize + usize::from(number)).expect("16 registers of each width")
 }
 
+/// A guest register that lives in the block, and the scratch register that stands for it in an instruction.
+struct Moved {
+    guest: usize,
+    to: u8,
+    /// The scratch register has its value already.
+    copy: bool,
+    reads: bool,
+    writes: bool,
+}
+
 /// Where an operand lies in host memory: `base + index << scale + displacement`.
 #[derive(Clone, Copy, Debug)]
 pub struct At {
@@ -58,6 +68,10 @@ impl At {
     /// So many bytes from T0.
     pub fn from_t0(displacement: i32) -> Self {
         Self { base: T0, index: None, displacement }
+    }
+
+    fn registers(&self) -> impl Iterator<Item = u8> {
+        [Some(self.base), self.index.map(|(r, _)| r)].into_iter().flatten()
     }
 }
 
@@ -79,23 +93,12 @@ impl Emitter<'_> {
 
     /// `lea dst, [base + index * scale + displacement]`, with 32-bit wrap if `narrow`.
     fn computed_address(&mut self, i: &Instruction, dst: u8, narrow: bool) {
-        let base = gpr_index(i.memory_base()).map(|g| self.loaded(g as u8, T0));
-        let index = gpr_index(i.memory_index()).map(|g| self.loaded(g as u8, T1));
+        let part = |register| gpr_index(register).map(|g| g as u8);
+        let (base, index) = self.both_loaded(part(i.memory_base()), part(i.memory_index()));
         let scale = i.memory_index_scale().trailing_zeros() as u8;
         lea(&mut self.asm, dst, base, index.map(|r| (r, scale)), i.memory_displacement64() as i32, !narrow);
-    }
-
-    /// Host register with the guest register's value; `scratch` is loaded if it lives in the block.
-    pub(super) fn loaded(&mut self, guest: u8, scratch: u8) -> u8 {
-        match home(guest) {
-            Home::Host(r) => r,
-            Home::Block(at) => {
-                if scratch == T0 {
-                    self.held = None;
-                }
-                self.asm.load(scratch, Mem::Block(at));
-                scratch
-            }
+        if dst == T0 {
+            self.changes(T0);
         }
     }
 
@@ -105,10 +108,7 @@ impl Emitter<'_> {
         let guest = gpr_index(i.op0_register()).expect("LEA writes a general register") as u8;
         let dst = match home(guest) {
             Home::Host(r) => r,
-            Home::Block(_) => {
-                self.held = None;
-                T0
-            }
+            Home::Block(_) => T0,
         };
         if i.is_ip_rel_memory_operand() {
             let value = i.memory_displacement64();
@@ -119,6 +119,8 @@ impl Emitter<'_> {
         }
         if let Home::Block(at) = home(guest) {
             self.asm.store(Mem::Block(at), T0);
+            self.changes(T0);
+            self.copied(guest, T0);
         }
     }
 
@@ -129,7 +131,6 @@ impl Emitter<'_> {
         let Some(Member { group, at, leads }) = self.place(place) else {
             address(self);
             self.probe(mem.size.into(), mem.write, Missed::Access(mem));
-            self.held = None;
             return 0;
         };
         if let Some(lead) = leads {
@@ -146,6 +147,7 @@ impl Emitter<'_> {
                 self.asm.store(block::group(group), T0);
             }
         } else if self.held != Some(group) {
+            self.changes(T0);
             self.asm.load(T0, block::group(group));
         }
         self.held = Some(group);
@@ -184,6 +186,7 @@ impl Emitter<'_> {
     fn slow_path(&mut self, branch: usize, missed: Missed) {
         let back = self.asm.here();
         self.in_host = false;
+        (self.changes(T0), self.changes(T1));
         self.slow_paths.push(SlowPath { branch, back, missed, guest: self.guest_offset });
     }
 
@@ -226,8 +229,8 @@ impl Emitter<'_> {
             Some(at) => lower_half_for(&mut i, at)?,
             None => None,
         };
-        let mut free: &[u8] = if mem.is_some() { &[T1] } else { &[T0, T1] };
-        let mut moved: Vec<(usize, u8, bool, bool)> = Vec::new();
+        let mut taken: Vec<u8> = mem.iter().flat_map(At::registers).collect();
+        let mut moved: Vec<Moved> = Vec::new();
         for op in 0..i.op_count() {
             if i.op_kind(op) != OpKind::Register {
                 continue;
@@ -238,38 +241,34 @@ impl Emitter<'_> {
                 Home::Host(r) => r,
                 Home::Block(_) => {
                     let (reads, writes) = access_of(self.info, insn, op);
-                    match moved.iter_mut().find(|m| m.0 == guest) {
+                    match moved.iter_mut().find(|m| m.guest == guest) {
                         Some(m) => {
-                            m.2 |= reads;
-                            m.3 |= writes;
-                            m.1
+                            m.reads |= reads;
+                            m.writes |= writes;
+                            m.to
                         }
                         None => {
-                            let (&r, rest) = free.split_first().ok_or(Unencodable)?;
-                            free = rest;
-                            moved.push((guest, r, reads, writes));
-                            r
+                            let (to, copy) = self.scratch_for(guest as u8, &taken).ok_or(Unencodable)?;
+                            taken.push(to);
+                            moved.push(Moved { guest, to, copy, reads, writes });
+                            to
                         }
                     }
                 }
             };
             i.set_op_register(op, host_register(register, number));
         }
-        for &(guest, r, reads, _) in &moved {
-            if r == T0 {
-                self.held = None;
-            }
-            if reads {
-                self.asm.load(r, block::gpr(guest));
-            }
+        for m in moved.iter().filter(|m| m.reads && !m.copy) {
+            self.asm.load(m.to, block::gpr(m.guest));
         }
         self.exchange_bytes(high);
         self.encode(&i)?;
         self.exchange_bytes(high);
-        for &(guest, r, _, writes) in &moved {
-            if writes {
-                self.asm.store(block::gpr(guest), r);
+        for m in &moved {
+            if m.writes {
+                self.asm.store(block::gpr(m.guest), m.to);
             }
+            self.copied(m.guest as u8, m.to);
         }
         Ok(())
     }

@@ -28,8 +28,8 @@ pub(super) enum Missed {
     Group(Lead),
     /// The page that the group with this number remembers.
     Page(u8, Lead),
-    /// A stride, before the rounds of a loop.
-    Stride(Lead),
+    /// A stride, or a table, before the rounds of a loop.
+    Stride(Lead, bool),
 }
 
 /// A jump whose code is out of line.
@@ -138,9 +138,9 @@ impl Emitter<'_> {
             }
             Missed::Group(lead) => self.slow_group(&slow, lead),
             Missed::Page(group, lead) => self.other_page(group, lead, slow),
-            Missed::Stride(lead) => {
+            Missed::Stride(lead, table) => {
                 self.find_group(&slow, lead);
-                self.without_strides();
+                self.without_strides(table);
             }
         }
     }
