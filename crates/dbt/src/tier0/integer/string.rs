@@ -146,54 +146,68 @@ impl Op {
         cpu.write_value(to, value, self.size, Who::Current)
     }
 
-    /// As many elements at once as lie in one page on each side, in RAM, forwards: how many were done. None where that
-    /// would differ from one after the other, or where the first would fault: then the plain way tells how.
+    fn backwards(&self) -> bool {
+        self.step >> 63 != 0
+    }
+
+    /// How many elements at an index register, whose linear address is `la`, lie in one page before the register wraps.
+    fn room(&self, cpu: &Cpu, register: usize, la: u64) -> u64 {
+        let (offset, size) = (cpu.gpr[register] & self.mask, self.size as u64);
+        if !self.backwards() {
+            let wrap = (self.mask - offset).saturating_add(1);
+            return (PAGE - la % PAGE).min(wrap) / size;
+        }
+        if la % PAGE + size > PAGE { 0 } else { (la % PAGE).min(offset) / size + 1 }
+    }
+
+    /// Linear address of the lowest of `count` elements at an index register, for which there is room.
+    fn lowest(&self, cpu: &Cpu, segment: usize, register: usize, count: u64, access: Access) -> Option<u64> {
+        let below = if self.backwards() { (count - 1) * self.size as u64 } else { 0 };
+        let offset = (cpu.gpr[register] & self.mask) - below;
+        cpu.linear(segment, offset, count as usize * self.size, access).ok()
+    }
+
+    /// As many elements at once as lie in one page on each side, in RAM: how many were done. None where that would differ
+    /// from one after the other, or where the first would fault: then the plain way tells how.
     fn chunk(&self, cpu: &mut Cpu, most: u64) -> u64 {
-        let plain = self.step >> 63 != 0 || debug::breakpoints_enabled(cpu);
-        if plain || !matches!(self.kind, Kind::Movs | Kind::Stos) {
+        if !matches!(self.kind, Kind::Movs | Kind::Stos) || debug::breakpoints_enabled(cpu) {
             return 0;
         }
-        let room = |offset: u64, la: u64| {
-            let wrap = (self.mask - offset).saturating_add(1);
-            (PAGE - la % PAGE).min(wrap) / self.size as u64
-        };
-        let offset = cpu.gpr[RDI] & self.mask;
-        let Ok(la) = self.to(cpu, self.size, Access::Write) else { return 0 };
-        let mut count = most.min(room(offset, la));
-        let source = if self.kind == Kind::Movs {
-            let offset = cpu.gpr[RSI] & self.mask;
-            let Ok(la) = self.from(cpu, self.size) else { return 0 };
-            count = count.min(room(offset, la));
-            Some(la)
+        self.try_chunk(cpu, most).unwrap_or(0)
+    }
+
+    fn try_chunk(&self, cpu: &mut Cpu, most: u64) -> Option<u64> {
+        let copies = self.kind == Kind::Movs;
+        let mut count = most.min(self.room(cpu, RDI, self.to(cpu, self.size, Access::Write).ok()?));
+        if copies {
+            count = count.min(self.room(cpu, RSI, self.from(cpu, self.size).ok()?));
+        }
+        if count < 2 {
+            return None;
+        }
+        let len = count as usize * self.size;
+        let from = if copies {
+            let la = self.lowest(cpu, self.source, RSI, count, Access::Read)?;
+            match cpu.place(la, len, Access::Read, Who::Current) {
+                Ok(Place::Ram(host) | Place::Code(host)) => Some(host),
+                _ => return None,
+            }
         } else {
             None
         };
-        let len = count as usize * self.size;
-        if count < 2 || self.to(cpu, len, Access::Write).is_err() {
-            return 0;
+        let la = self.lowest(cpu, seg::ES, RDI, count, Access::Write)?;
+        let Ok(Place::Ram(to) | Place::Code(to)) = cpu.place(la, len, Access::Write, Who::Current) else {
+            return None;
+        };
+        // A destination ahead within the source repeats what was just written.
+        let ahead = from.map_or(0, |from| (to as usize).wrapping_sub(from as usize));
+        let ahead = if self.backwards() { ahead.wrapping_neg() } else { ahead };
+        if (1..len).contains(&ahead) {
+            return None;
         }
-        let from = match source {
-            Some(_) if self.from(cpu, len).is_err() => return 0,
-            Some(la) => match cpu.place(la, len, Access::Read, Who::Current) {
-                Ok(Place::Ram(host) | Place::Code(host)) => Some(host),
-                _ => return 0,
-            },
-            None => None,
-        };
-        let to = match cpu.place(la, len, Access::Write, Who::Current) {
-            Ok(Place::Ram(host) | Place::Code(host)) => {
-                // A destination within the source repeats what was just written.
-                let ahead = |from: *mut u8| (host as usize).wrapping_sub(from as usize);
-                if from.is_some_and(|from| (1..len).contains(&ahead(from))) {
-                    return 0;
-                }
-                host
-            }
-            _ => return 0,
-        };
         self.move_bytes(cpu, from, to, len);
         self.finish(cpu, count);
-        count
+        Some(count)
     }
 
     /// Copies or fills `len` bytes of RAM within a page on each side.

@@ -208,6 +208,35 @@ fn overlapping_moves_repeat_what_they_wrote() {
 }
 
 #[test]
+fn repeated_moves_do_what_single_ones_do() {
+    const AREA: usize = 0x6000;
+    let start: [u8; AREA] = std::array::from_fn(|i| (i * 7 + i / 256) as u8);
+    let moves: [(&[u8], usize); 2] = [(b"\xf3\xa4", 1), (b"\xf3\x48\xa5", 8)];
+    for distance in [-0x1000, -100, -24, -8, -3, -1, 1, 3, 8, 24, 100, 0x1000] {
+        for ((code, size), back) in moves.into_iter().flat_map(|m| [(m, false), (m, true)]) {
+            let (from, count) = (0x3005_usize, 700);
+            let to = from.wrapping_add_signed(distance);
+            let mut expected = start.to_vec();
+            for n in 0..count {
+                let at = |offset: usize| if back { offset - n * size } else { offset + n * size };
+                expected.copy_within(at(from)..at(from) + size, at(to));
+            }
+            let mut m = Machine::long();
+            m.write(DATA, &start);
+            let addresses = [from, to].map(|offset| DATA + offset as u64);
+            [m.cpu.gpr[RSI], m.cpu.gpr[RDI]] = addresses;
+            m.cpu.gpr[RCX] = count as u64;
+            m.cpu.rflags |= if back { rflags::DF } else { 0 };
+            m.run(code).unwrap();
+            assert!(m.read::<AREA>(DATA)[..] == expected, "{distance} by {size}, backwards: {back}");
+            let moved = (count * size) as u64;
+            let moved = if back { moved.wrapping_neg() } else { moved };
+            assert_eq!([m.cpu.gpr[RSI], m.cpu.gpr[RDI]], addresses.map(|at| at.wrapping_add(moved)));
+        }
+    }
+}
+
+#[test]
 fn long_repeats_return_in_between() {
     let mut m = Machine::long();
     (m.cpu.gpr[RDI], m.cpu.gpr[RCX], m.cpu.gpr[RAX]) = (0x40_0000, 0x3_0000, 0x5a);
