@@ -168,7 +168,9 @@ pub struct Cpu {
     pub last_round: u64,
     /// Calls of generated code push no return addresses below this.
     pub stack_limit: u64,
-    /// Low half of the address of the code of the return that was executed last.
+    /// Host stack pointer with which user code goes on after SYSRET.
+    pub user_returns: u64,
+    /// Low half of the address of the code of the return that led to elsewhere last.
     pub return_site: u32,
     /// ES, CS, SS, DS, FS, GS.
     pub seg: [Segment; 6],
@@ -363,6 +365,7 @@ impl Cpu {
             rounds: 0,
             last_round: 0,
             stack_limit: 0,
+            user_returns: 0,
             return_site: 0,
             seg: [Segment::default(); 6],
             ldtr: Segment::default(),

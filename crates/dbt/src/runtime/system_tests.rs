@@ -195,6 +195,59 @@ fn system_calls_go_and_come_back_without_leaving_generated_code() {
 }
 
 #[test]
+fn returns_lead_on_behind_system_calls_made_within_calls() {
+    let handler = assemble(HANDLER, |a| {
+        let mut function = a.create_label();
+        a.mov(r12, rcx).unwrap();
+        a.call(function).unwrap();
+        a.mov(rcx, r12).unwrap();
+        a.sysretq().unwrap();
+        a.set_label(&mut function).unwrap();
+        a.add(rax, 1).unwrap();
+        a.ret().unwrap();
+    });
+    let program = assemble(CODE, |a| {
+        let (mut again, mut outer, mut inner) = (a.create_label(), a.create_label(), a.create_label());
+        a.mov(ebx, 100).unwrap();
+        a.set_label(&mut again).unwrap();
+        a.call(outer).unwrap();
+        a.sub(ebx, 1).unwrap();
+        a.jnz(again).unwrap();
+        a.ud2().unwrap();
+        a.set_label(&mut outer).unwrap();
+        a.call(inner).unwrap();
+        a.syscall().unwrap();
+        a.ret().unwrap();
+        a.set_label(&mut inner).unwrap();
+        a.syscall().unwrap();
+        a.ret().unwrap();
+    });
+    let (left, vcpu) = same(|| with_system_calls(&handler), &program);
+    assert_eq!(left.gpr[reg::RAX], 200);
+    assert!(vcpu.cpu().counters.dispatches < 20);
+}
+
+#[test]
+fn a_return_of_the_kernel_does_not_lead_into_user_code() {
+    // The kernel returns to where the user's function would.
+    let handler = assemble(HANDLER, |a| a.ret().unwrap());
+    let machine = || {
+        let mut machine = with_system_calls(&handler);
+        machine.write_u64(PAGE_TABLE + HANDLER / 4096 * 8, HANDLER | 3);
+        machine.cpu.paging.cr4 |= ruse_arch::flags::cr4::SMEP;
+        machine
+    };
+    let program = assemble(CODE, |a| {
+        let mut function = a.create_label();
+        a.call(function).unwrap();
+        a.set_label(&mut function).unwrap();
+        a.syscall().unwrap();
+    });
+    let (left, _) = same(machine, &program);
+    assert_eq!((left.fault, left.rip), (Exception::pf(CODE + 5, 0x11), CODE + 5));
+}
+
+#[test]
 fn a_system_call_that_is_not_enabled_is_undefined() {
     let machine = || {
         let mut machine = with_system_calls(&[]);

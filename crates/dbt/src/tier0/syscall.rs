@@ -35,7 +35,12 @@ fn set_flat(cpu: &mut Cpu, cs: u16, ss: u16, cpl: u8, code64: bool) {
     let flat = |selector, attr| Segment { base: 0, limit: 0xffff_ffff, attr, selector };
     cpu.seg[seg::CS] = flat(cs, 0x809b | dpl | size);
     cpu.seg[seg::SS] = flat(ss, 0xc093 | dpl);
-    cpu.update_mode();
+    if code64 && cpu.mode.code64 {
+        cpu.mode.cpl = cpl;
+        cpu.select_view();
+    } else {
+        cpu.update_mode();
+    }
 }
 
 /// SYSCALL. Intel has it in 64-bit mode only.

@@ -6,14 +6,12 @@ use iced_x86::{Encoder, Instruction, InstructionInfoFactory, RflagsBits};
 use ruse_arch::flags::rflags;
 
 use super::{
-    Home,
     asm::{
         Asm, Mem, cc,
-        host::{GUEST_RSP, T0, T1},
+        host::{T0, T1},
     },
     block,
     groups::{self, Member, OPERAND, Plan, STACK},
-    home,
     loops::Round,
     operands::At,
     out_of_line::{SlowPath, Stub, StubKind},
@@ -109,6 +107,8 @@ pub struct Emitter<'a> {
     pub(super) start: u64,
     /// The arithmetic flags are in the block.
     pub(super) in_block: bool,
+    /// How far the guest's RSP is from what its host register holds.
+    pub(super) moved: i32,
     x87_loaded: bool,
 }
 
@@ -144,6 +144,7 @@ impl<'a> Emitter<'a> {
             first_link,
             start: 0,
             in_block: true,
+            moved: 0,
             x87_loaded: false,
         }
     }
@@ -186,6 +187,9 @@ impl<'a> Emitter<'a> {
         for (n, node) in region.nodes.iter().enumerate() {
             self.node = n;
             self.guest_offset = node.insn.ip().wrapping_sub(region.start) as u16;
+            if !self.may_move_later(node) {
+                self.move_stack();
+            }
             if self.destroys_flags(&node.op) || node.x87 {
                 self.spill_flags(live_in(node));
             }
@@ -196,6 +200,7 @@ impl<'a> Emitter<'a> {
             }
         }
         if !ended {
+            self.move_stack();
             self.fall_through(region);
         }
     }
@@ -205,16 +210,19 @@ impl<'a> Emitter<'a> {
         self.plan.places.get(self.node)?[place]
     }
 
+    /// Whether an access of the current node has its address from another of its group.
+    pub(super) fn follows(&self, place: usize) -> bool {
+        self.place(place).is_some_and(|member| member.leads.is_none())
+    }
+
     /// Whether the code made for the operation of the current node destroys the host's flags before the operation itself
     /// looks at them.
     fn destroys_flags(&self, op: &Op) -> bool {
-        let follows = |place| {
-            self.place(place).is_some_and(|member| member.leads.is_none() || self.stride(member).is_some())
-        };
+        let on_stride = || self.place(OPERAND).is_some_and(|member| self.stride(member).is_some());
         match op {
-            Op::Host(Some(_)) => !follows(OPERAND),
-            Op::Push(Value::Mem) => !follows(OPERAND) || !follows(STACK),
-            Op::Push(_) | Op::Pop(_) | Op::Leave => !follows(STACK),
+            Op::Host(Some(_)) => !self.follows(OPERAND) && !on_stride(),
+            Op::Push(Value::Mem) => !self.follows(OPERAND) || !self.follows(STACK),
+            Op::Push(_) | Op::Pop(_) | Op::Leave => !self.follows(STACK),
             _ => op.probes(),
         }
     }
@@ -241,6 +249,7 @@ impl<'a> Emitter<'a> {
             Op::Nop => {}
             Op::Host(mem) => {
                 if self.host_node(node, mem).is_err() {
+                    self.move_stack();
                     self.interpret(i.ip(), live_in(node));
                     return true;
                 }
@@ -270,41 +279,14 @@ impl<'a> Emitter<'a> {
                 self.in_host = false;
                 self.exit_to(target);
             }
-            Op::Call { target } => {
-                self.push_address(i.next_ip());
-                self.make_room();
-                let branch = self.asm.call(0);
-                if self.is_near(target) {
-                    self.link(target, branch, false);
-                } else {
-                    self.stubs.push(Stub { branch, kind: StubKind::Exit { target, save_flags: false } });
-                }
-                self.returned(i.next_ip());
-            }
+            Op::Call { target } => self.call(i, target),
             Op::JumpTo(value) => {
                 self.value(node, value);
                 self.find_jump(StubKind::Miss);
                 self.asm.jmp_mem(Mem::At(T1, JUMP_HOST));
             }
-            Op::CallTo(value) => {
-                self.value(node, value);
-                // Nothing is pushed if the target is out of the address space.
-                self.find_jump(StubKind::Interpret);
-                self.asm.load(T1, Mem::At(T1, JUMP_HOST));
-                self.asm.store(block::scratch(0), T1);
-                self.push_address(i.next_ip());
-                self.make_room();
-                self.asm.mem(&[], false, &[0xff], 2, block::scratch(0)); // call [scratch]
-                self.returned(i.next_ip());
-            }
-            Op::Return(extra) => {
-                let at = self.top_of_stack();
-                self.asm.load(T0, Mem::At(T0, at));
-                self.asm.lea(GUEST_RSP, GUEST_RSP, 8 + i32::from(extra));
-                let here = self.asm.here() as u32;
-                self.asm.store_imm32(block::RETURN_SITE, here);
-                self.asm.bytes(&[0xc3]);
-            }
+            Op::CallTo(value) => self.call_to(node, value),
+            Op::Return(extra) => self.return_node(extra),
             Op::ReadSelector { segment, to, size } => self.read_selector(segment, to, size),
             Op::Repeat(what) => self.repeat(i, what),
             Op::Step => {
@@ -390,7 +372,7 @@ impl<'a> Emitter<'a> {
     }
 
     /// Loads a value into T0.
-    fn value(&mut self, node: &Node, value: Value) {
+    pub(super) fn value(&mut self, node: &Node, value: Value) {
         match value {
             Value::Mem => {
                 let at = self.operand(&node.insn, MemUse { write: false, size: 8 });
@@ -412,96 +394,10 @@ impl<'a> Emitter<'a> {
         self.access(OPERAND, mem, |this| this.address(i))
     }
 
-    /// Makes the 8 bytes below the stack pointer accessible: their distance from T0.
-    fn below_stack(&mut self) -> i32 {
-        self.access(STACK, MemUse { write: true, size: 8 }, |this| this.asm.lea(T0, GUEST_RSP, -8))
-    }
-
-    /// Makes the 8 bytes at the stack pointer accessible: their distance from T0.
-    fn top_of_stack(&mut self) -> i32 {
-        self.access(STACK, MemUse { write: false, size: 8 }, |this| this.asm.mov(T0, GUEST_RSP))
-    }
-
-    fn push(&mut self, node: &Node, value: Value) {
-        match value {
-            Value::Reg(guest) => {
-                let at = self.below_stack();
-                let r = self.loaded(guest, T1);
-                self.asm.store(Mem::At(T0, at), r);
-            }
-            Value::Imm(value) => {
-                let at = self.below_stack();
-                self.store_constant(at, value);
-            }
-            Value::Mem => {
-                self.value(node, value);
-                self.asm.store(block::scratch(0), T0);
-                let at = self.below_stack();
-                self.asm.load(T1, block::scratch(0));
-                self.asm.store(Mem::At(T0, at), T1);
-            }
-        }
-        self.asm.lea(GUEST_RSP, GUEST_RSP, -8);
-    }
-
-    fn push_address(&mut self, address: u64) {
-        let at = self.below_stack();
-        self.store_constant(at, address);
-        self.asm.lea(GUEST_RSP, GUEST_RSP, -8);
-    }
-
-    /// Stores a constant so many bytes from T0.
-    fn store_constant(&mut self, at: i32, value: u64) {
-        if let Ok(short) = i32::try_from(value as i64) {
-            self.asm.store_imm(Mem::At(T0, at), short);
-        } else {
-            self.asm.mov_imm(T1, value);
-            self.asm.store(Mem::At(T0, at), T1);
-        }
-    }
-
-    fn pop(&mut self, guest: u8) {
-        let at = self.top_of_stack();
-        match home(guest) {
-            Home::Host(GUEST_RSP) => self.asm.load(GUEST_RSP, Mem::At(T0, at)),
-            Home::Host(r) => {
-                self.asm.load(r, Mem::At(T0, at));
-                self.asm.lea(GUEST_RSP, GUEST_RSP, 8);
-            }
-            Home::Block(home) => {
-                self.asm.load(T1, Mem::At(T0, at));
-                self.asm.store(Mem::Block(home), T1);
-                self.asm.lea(GUEST_RSP, GUEST_RSP, 8);
-            }
-        }
-    }
-
-    /// The pushed image has RF and VM clear (SDM volume 2, PUSHF).
-    fn push_flags(&mut self) {
-        let at = self.below_stack();
-        self.in_host = false;
-        self.asm.load(T1, block::ARITH);
-        self.and_t1(rflags::ARITH as u32);
-        self.asm.store(block::scratch(0), T1);
-        self.asm.load(T1, block::RFLAGS);
-        self.and_t1(!(rflags::ARITH | rflags::RF | rflags::VM) as u32);
-        self.asm.mem(&[], true, &[0x0b], T1, block::scratch(0)); // or T1, [scratch]
-        self.asm.store(Mem::At(T0, at), T1);
-        self.asm.lea(GUEST_RSP, GUEST_RSP, -8);
-    }
-
     /// `and T1d, mask`: the upper half becomes zero.
     pub(super) fn and_t1(&mut self, mask: u32) {
         self.asm.bytes(&[0x41, 0x81, 0xe0 | T1 & 7]);
         self.asm.bytes(&mask.to_le_bytes());
-    }
-
-    fn leave(&mut self) {
-        const RBP: u8 = 5;
-        let at = self.access(STACK, MemUse { write: false, size: 8 }, |this| this.asm.mov(T0, RBP));
-        self.asm.load(T1, Mem::At(T0, at));
-        self.asm.lea(GUEST_RSP, RBP, 8);
-        self.asm.mov(RBP, T1);
     }
 }
 

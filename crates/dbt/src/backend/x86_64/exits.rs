@@ -5,7 +5,7 @@ use iced_x86::{Code, Instruction};
 use super::{
     asm::{
         cc,
-        host::{RSP, T0, T1},
+        host::{T0, T1},
     },
     block,
     emit::{Emitter, Link},
@@ -95,29 +95,6 @@ impl Emitter<'_> {
         let ahead = target > self.start.wrapping_add(self.guest_offset.into());
         let link = Link { target, site: site as u32, unresolved: 0, guarded, plain: false, ahead };
         self.links.push(link);
-    }
-
-    /// Sees to it that the host stack has room for one more return address.
-    pub(super) fn make_room(&mut self) {
-        self.asm.mem(&[], true, &[0x3b], RSP, block::STACK_LIMIT); // cmp rsp, [limit]
-        let branch = self.asm.jcc(cc::B, 0);
-        self.stubs.push(Stub { branch, kind: StubKind::NoRoom(self.asm.here()) });
-    }
-
-    /// What comes behind a host `call`: the guest returns, to the linear address in T0. The host's `ret` is predicted, but
-    /// the guest may return to elsewhere.
-    pub(super) fn returned(&mut self, expected: u64) {
-        let branch = if let Ok(short) = i32::try_from(expected as i64) {
-            self.asm.bytes(&[0x49, 0x81, 0xf8 | T0 & 7]); // cmp T0, expected
-            self.asm.bytes(&short.to_le_bytes());
-            self.asm.jcc(cc::NE, 0)
-        } else {
-            self.asm.mov_imm(T1, expected);
-            self.asm.regs(true, &[0x3b], T0, T1);
-            self.asm.jcc(cc::NE, 0)
-        };
-        self.stubs.push(Stub { branch, kind: StubKind::Unforeseen });
-        self.exit_to(expected);
     }
 
     /// Makes T1 address the jump cache's entry for the linear address in T0. The flags are in the block. Leaves as

@@ -253,11 +253,20 @@ impl<'a> Finder<'a> {
                 self.host(insn);
             }
             Op::Address => self.address(insn),
-            Op::Push(value) | Op::CallTo(value) => {
+            Op::Push(value) => {
                 if value == Value::Mem {
                     self.operand(n, insn, WORD, false);
                 }
                 self.push(n);
+            }
+            Op::CallTo(value) => {
+                let before = self.registers[RSP];
+                self.push(n);
+                if value == Value::Mem {
+                    let after = std::mem::replace(&mut self.registers[RSP], before);
+                    self.operand(n, insn, WORD, false);
+                    self.registers[RSP] = after;
+                }
             }
             Op::PushFlags | Op::Call { .. } => self.push(n),
             Op::JumpTo(Value::Mem) => self.operand(n, insn, WORD, false),

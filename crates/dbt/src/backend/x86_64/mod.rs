@@ -15,6 +15,7 @@ pub mod loops;
 mod operands;
 mod out_of_line;
 mod scratch;
+mod stack;
 mod strings;
 mod system;
 pub mod thunks;
@@ -95,6 +96,7 @@ pub(crate) mod block {
     pub const ROUNDS: Mem = Mem::Block(offset_of!(Cpu, rounds) as i32);
     pub const LAST_ROUND: Mem = Mem::Block(offset_of!(Cpu, last_round) as i32);
     pub const STACK_LIMIT: Mem = Mem::Block(offset_of!(Cpu, stack_limit) as i32);
+    pub const USER_RETURNS: Mem = Mem::Block(offset_of!(Cpu, user_returns) as i32);
     pub const RETURN_SITE: Mem = Mem::Block(offset_of!(Cpu, return_site) as i32);
     pub const HOST_MXCSR: Mem = Mem::Block(offset_of!(Cpu, host_mxcsr) as i32);
     pub const KERNEL_GS_BASE: Mem = Mem::Block(offset_of!(Cpu, kernel_gs_base) as i32);

@@ -54,6 +54,8 @@ pub(super) enum StubKind {
     NoRoom(u64),
     /// A return leads to elsewhere than behind its call.
     Unforeseen,
+    /// A constant that an instruction has as its operand.
+    Constant(u64),
 }
 
 impl Emitter<'_> {
@@ -99,6 +101,10 @@ impl Emitter<'_> {
                     self.asm.bind(branch);
                     self.asm.call(self.thunks.forget_returns);
                     self.asm.jmp(back);
+                }
+                StubKind::Constant(value) => {
+                    self.asm.bind(branch);
+                    self.asm.bytes(&value.to_le_bytes());
                 }
                 StubKind::Unforeseen => {
                     let to = self.thunks.unforeseen_return.wrapping_sub(self.asm.base + branch as u64 + 4);

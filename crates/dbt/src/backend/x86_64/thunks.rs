@@ -26,8 +26,8 @@ pub struct Thunks {
     pub exit_poll: u64,
     /// Called: leaves with [`exit::MISS`]; T0 holds the linear address.
     pub exit_miss: u64,
-    /// Goes to the linear address in T0, to which a return leads other than was foreseen, if the jump cache knows it,
-    /// else leaves with [`exit::RETURN`].
+    /// Goes to the linear address in T0, to which the return at the low half of the address in T1 leads other than was
+    /// foreseen, if the jump cache knows it, else leaves with [`exit::RETURN`].
     pub unforeseen_return: u64,
     /// Called when the host stack has no more room for return addresses: forgets them. Comes back with the stack as it
     /// is on entry.
@@ -137,14 +137,14 @@ impl Thunks {
         // The host's `ret` has taken the last word away, which says what is to be done when there are no more.
         asm.lea(RSP, RSP, -8);
         thunks.unforeseen_return = asm.here();
+        asm.mem(&[], false, &[0x89], T1, block::RETURN_SITE); // mov [site], T1d
         let miss = probe_jumps(&mut asm);
         asm.jmp_mem(Mem::At(T1, JUMP_HOST));
         asm.bind(miss);
         exit_with(&mut asm, exit::RETURN, leave);
         thunks.forget_returns = asm.here();
         pop(&mut asm, T1);
-        asm.load(RSP, block::HOST_RSP);
-        asm.lea(RSP, RSP, -8);
+        forget_returns(&mut asm);
         asm.regs(false, &[0xff], 4, T1); // jmp T1
         thunks.enter = asm.here();
         enter(&mut asm, unforeseen);
@@ -158,11 +158,13 @@ impl Thunks {
         thunks.interpret = asm.here();
         match calls.interpret {
             Some(functions) => {
-                interpret(&mut asm, functions.any as usize as u64, store);
+                interpret(&mut asm, functions.any as usize as u64, store, forget_returns);
                 thunks.system_call = asm.here();
-                interpret(&mut asm, functions.system_call as usize as u64, store);
+                let function = functions.system_call as usize as u64;
+                interpret(&mut asm, function, store, |asm| keep_user_returns(asm, unforeseen));
                 thunks.system_return = asm.here();
-                interpret(&mut asm, functions.system_return as usize as u64, store);
+                let function = functions.system_return as usize as u64;
+                interpret(&mut asm, function, store, |asm| asm.load(RSP, block::USER_RETURNS));
             }
             None => {
                 exit_with(&mut asm, exit::INTERPRET, leave);
@@ -228,6 +230,7 @@ fn enter(asm: &mut Asm, unforeseen: u64) {
     asm.store(block::STACK_LIMIT, T0);
     asm.mov_imm(T0, unforeseen);
     push(asm, T0);
+    asm.store(block::USER_RETURNS, RSP);
     asm.store(block::scratch(7), 7);
     load_pinned(asm);
     asm.jmp_mem(block::scratch(7));
@@ -301,15 +304,30 @@ fn step(asm: &mut Asm, function: u64, load: u64, store: u64) {
     come_back_or_leave(asm, load, exit::AT);
 }
 
-/// Nothing that the code before knew holds any more: neither where returns lead, nor that vector registers are needed.
-fn interpret(asm: &mut Asm, function: u64, store: u64) {
+/// The host's stack has no return addresses any more, but the word below them, which [`enter`] has put there.
+fn forget_returns(asm: &mut Asm) {
+    asm.load(RSP, block::HOST_RSP);
+    asm.lea(RSP, RSP, -8);
+    asm.store(block::USER_RETURNS, RSP);
+}
+
+/// The return addresses of user code stay for when the kernel comes back to it. Its own ones end above them. If it changes
+/// a mapping in between, all are forgotten.
+fn keep_user_returns(asm: &mut Asm, unforeseen: u64) {
+    asm.store(block::USER_RETURNS, RSP);
+    asm.mov_imm(T1, unforeseen);
+    push(asm, T1);
+}
+
+/// The code before needed vector registers; whether what comes does is not known. `returns` says what becomes of the return
+/// addresses on the host's stack: they hold as long as nothing is changed in mappings, privilege and mode.
+fn interpret(asm: &mut Asm, function: u64, store: u64, returns: impl FnOnce(&mut Asm)) {
     call_out(asm, function, store, |_| {});
     asm.store_imm32(block::VECTORS_RESIDENT, 0);
     test_result(asm);
     let failed = asm.jcc(cc::E, 0);
     asm.mov(T0, 0);
-    asm.load(RSP, block::HOST_RSP);
-    asm.lea(RSP, RSP, -8);
+    returns(asm);
     load_pinned(asm);
     asm.regs(false, &[0xff], 4, T0); // jmp T0
     asm.bind(failed);

@@ -7,10 +7,7 @@ use super::{
     state::{Address, Compared, Remembered, Scratch, State},
 };
 use crate::{
-    backend::x86_64::{
-        asm::host::{T0, T1},
-        thunks::JUMP_HOST,
-    },
+    backend::x86_64::asm::host::{T0, T1},
     mmu::tlb::{ENTRIES, Entry, JUMPS, Jump},
     tier0::operand::gpr_index,
 };
@@ -82,11 +79,6 @@ impl State {
             (Mnemonic::Mov, Register(T1), Number(value)) => self.t1 = Scratch::Constant(value),
             (Mnemonic::Mov, Register(T0), Number(value)) => self.t0 = Address::Constant(value),
             (Mnemonic::Mov, Register(T1), Register(of)) if !wide => self.t1 = Scratch::Low(of),
-            (Mnemonic::Mov, Register(T1), Operand::Entry(at))
-                if wide && at == i64::from(JUMP_HOST) && before.t1 == (Scratch::Jump { matched: true }) =>
-            {
-                self.t1 = Scratch::Code;
-            }
             (Mnemonic::Mov, Register(T1), Block(at)) if wide && at == fields::SAVED => {
                 self.t1 = before.saved_scratch;
             }
@@ -138,6 +130,7 @@ impl State {
                 _ => Address::Any,
             },
             Operand::Block(at) if fields::is_view(at) => Address::View,
+            Operand::Block(fields::SAVED) => self.saved,
             Operand::Block(at) => match fields::group(at).map(|group| self.groups[group]) {
                 Some(host @ Address::Host { .. }) => host,
                 _ => Address::Any,
@@ -251,7 +244,7 @@ impl State {
         } else if at == fields::SAVED {
             self.saved = t0;
             self.saved_scratch = match before.t1 {
-                kept @ (Scratch::Code | Scratch::Bits(_)) if source == Operand::Register(T1) => kept,
+                kept @ Scratch::Bits(_) if source == Operand::Register(T1) => kept,
                 _ => Scratch::Any,
             };
         }

@@ -49,6 +49,7 @@ pub fn audit(code: &Code, at: u64, thunks: &Thunks) -> Result<(), String> {
         arriving: BTreeMap::new(),
         seen: BTreeSet::new(),
         jumps: BTreeSet::new(),
+        constants: BTreeSet::new(),
         lowered: false,
     };
     loop {
@@ -76,6 +77,8 @@ struct Audit<'a> {
     /// Where instructions begin, and jumps lead.
     seen: BTreeSet<u64>,
     jumps: BTreeSet<u64>,
+    /// Where the region's constants of 8 bytes lie, which are not executed.
+    constants: BTreeSet<u64>,
     /// Less is known than before where the pass has been.
     lowered: bool,
 }
@@ -105,6 +108,10 @@ impl Audit<'_> {
         let mut state = Some(State::default());
         let mut i = Instruction::new();
         while decoder.can_decode() {
+            if state.is_none() && self.constants.contains(&decoder.ip()) {
+                self.skip(&mut decoder, CONSTANT)?;
+                continue;
+            }
             decoder.decode_out(&mut i);
             self.seen.insert(i.ip());
             let before = match (state, self.arriving.get(&i.ip())) {
@@ -117,12 +124,16 @@ impl Audit<'_> {
             let next = self.instruction(&i, &before);
             let next = next.map_err(|what| format!("{what}: {i} at {:#x}, with {before:?}", i.ip()))?;
             state = next.state;
-            if next.data > 0 {
-                let to = (decoder.position() + next.data).min(self.code.len());
-                decoder.set_position(to).map_err(|error| error.to_string())?;
-                decoder.set_ip(self.at + to as u64);
-            }
+            self.skip(&mut decoder, next.data)?;
         }
+        Ok(())
+    }
+
+    /// Passes data.
+    fn skip(&self, decoder: &mut Decoder, bytes: usize) -> Result<(), String> {
+        let to = (decoder.position() + bytes).min(self.code.len());
+        decoder.set_position(to).map_err(|error| error.to_string())?;
+        decoder.set_ip(self.at + to as u64);
         Ok(())
     }
 
@@ -138,7 +149,11 @@ impl Audit<'_> {
         }
         self.stack(i, before)?;
         let used = self.info.info(i).clone();
-        for memory in used.used_memory() {
+        let constant = i.is_ip_rel_memory_operand();
+        if constant {
+            self.constant(i)?;
+        }
+        for memory in used.used_memory().iter().filter(|memory| !constant || memory.base() == Register::RSP) {
             let counted = self.rounds.contains(&i.ip()) && is_operand(i, memory);
             match check_access(i, before, memory) {
                 Err(_) if counted => {}
@@ -160,7 +175,7 @@ impl Audit<'_> {
         if i.rflags_modified() != 0 {
             after.compared = state::Compared::Nothing;
         }
-        after.pushed = i.mnemonic() == Mnemonic::Pushfq;
+        after.pushed = matches!(i.mnemonic(), Mnemonic::Pushfq | Mnemonic::Push);
         match i.flow_control() {
             FlowControl::Next => {
                 after.learn(before, i);
@@ -170,7 +185,20 @@ impl Audit<'_> {
         }
     }
 
-    /// The host's stack takes the flags for a moment, and return addresses.
+    /// A constant of the region is compared or pushed. What lies there is data from now on.
+    fn constant(&mut self, i: &Instruction) -> Result<(), String> {
+        let at = i.ip_rel_memory_address();
+        let behind = self.at + self.code.len() as u64;
+        let compared = i.code() == Opcode::Cmp_r64_rm64;
+        let reads = (compared || i.code() == Opcode::Push_rm64) && i.segment_prefix() == Register::None;
+        if !reads || at <= i.ip() || at + CONSTANT as u64 > behind {
+            return Err("an address that is no constant of the region".into());
+        }
+        self.constants.insert(at);
+        Ok(())
+    }
+
+    /// The host's stack takes flags and constants for a moment, and return addresses.
     fn stack(&self, i: &Instruction, before: &State) -> Result<(), String> {
         let pops = i.mnemonic() == Mnemonic::Pop;
         if pops != before.pushed {
@@ -178,7 +206,10 @@ impl Audit<'_> {
         }
         let allowed = match i.mnemonic() {
             Mnemonic::Pushfq | Mnemonic::Call => true,
-            Mnemonic::Pop => i.op0_kind() == OpKind::Memory && is_block(i),
+            Mnemonic::Push => i.is_ip_rel_memory_operand(),
+            Mnemonic::Pop => {
+                i.op0_kind() == OpKind::Memory && (is_block(i) || i.memory_base() == Register::R14)
+            }
             Mnemonic::Ret => i.op_count() == 0,
             _ => !i.is_stack_instruction(),
         };
@@ -217,8 +248,8 @@ impl Audit<'_> {
                 Ok(Next::elsewhere())
             }
             FlowControl::IndirectCall
-                if effect::operand(i, 0) == effect::Operand::Block(fields::SAVED)
-                    && before.saved_scratch == Scratch::Code =>
+                if effect::operand(i, 0) == effect::Operand::Entry(JUMP_HOST.into())
+                    && before.t1 == (Scratch::Jump { matched: true }) =>
             {
                 Ok(Next::on(State::default()))
             }
@@ -274,6 +305,9 @@ impl Audit<'_> {
         Ok(())
     }
 }
+
+/// Bytes of a constant.
+const CONSTANT: usize = 8;
 
 /// Whether an instruction is for the system, or lets the program see or change how the host runs.
 fn is_the_systems(i: &Instruction) -> bool {

@@ -72,8 +72,6 @@ pub enum Scratch {
     Jump {
         matched: bool,
     },
-    /// The address of translated code.
-    Code,
     /// The lower half of this register; its place on the page; the place behind RCX elements of `size` bytes from there.
     Low(u8),
     Place(u8),

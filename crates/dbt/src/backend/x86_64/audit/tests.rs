@@ -181,3 +181,36 @@ fn nothing_of_the_system_runs_and_no_jump_leads_out() {
     refused("a jump out of the region", |a| a.jmp(AT + 0x1000).unwrap());
     refused("no instruction begins", |a| a.jmp(AT + 1).unwrap());
 }
+
+#[test]
+fn constants_lie_in_the_region_and_pass_by_the_stack() {
+    let pushes = |a: &mut CodeAssembler, pops: bool| {
+        let (mut constant, mut over) = (a.create_label(), a.create_label());
+        probe(a, 8, true, MASK);
+        a.push(qword_ptr(constant)).unwrap();
+        if pops {
+            a.pop(qword_ptr(r14)).unwrap();
+        }
+        a.cmp(r14, qword_ptr(constant)).unwrap();
+        a.jmp(over).unwrap();
+        a.set_label(&mut constant).unwrap();
+        // None that may be executed: WBINVD, CLI.
+        a.db(&[0x0f, 0x09, 0xfa, 0, 0, 0, 0, 0]).unwrap();
+        a.set_label(&mut over).unwrap();
+        a.nop().unwrap();
+    };
+    assert_eq!(said(|a| pushes(a, true)), Ok(()));
+    refused("left on the stack", |a| pushes(a, false));
+    // cmp r14, [rip + distance]
+    for distance in [-8i32, 0x1000] {
+        let [a, b, c, d] = distance.to_le_bytes();
+        let bytes = [0x4c, 0x3b, 0x35, a, b, c, d];
+        refused("no constant of the region", |a| a.db(&bytes).unwrap());
+    }
+    refused("that must not run", |a| {
+        let mut constant = a.create_label();
+        a.cmp(r14, qword_ptr(constant)).unwrap();
+        a.set_label(&mut constant).unwrap();
+        a.db(&[0x0f, 0x09, 0xfa, 0, 0, 0, 0, 0]).unwrap();
+    });
+}
