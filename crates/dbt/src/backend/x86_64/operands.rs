@@ -186,7 +186,7 @@ impl Emitter<'_> {
     fn slow_path(&mut self, branch: usize, missed: Missed) {
         let back = self.asm.here();
         self.in_host = false;
-        (self.changes(T0), self.changes(T1));
+        [T0, T1].into_iter().for_each(|scratch| self.changes(scratch));
         self.slow_paths.push(SlowPath { branch, back, missed, guest: self.guest_offset });
     }
 
