@@ -141,7 +141,9 @@ fn hostile(random: &mut Random) -> u64 {
         RAM,
     ];
     let near = [0, 1, 2, 4, 7, 8, 15, 16, 31, 32, 33, 64, 127, 128, 129, 0x7f8];
-    let edge = if random.chance(10) { PAGES[random.below(14) as usize].0 } else { random.pick(&EDGES) };
+    let page = PAGES[random.below(PAGES.len() as u64) as usize].0;
+    // A jump to the program's own beginning might never end.
+    let edge = if random.chance(10) && page != CODE { page } else { random.pick(&EDGES) };
     let distance = random.pick(&near);
     match random.below(10) {
         0..=4 => edge.wrapping_sub(distance),
