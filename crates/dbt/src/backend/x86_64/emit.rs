@@ -13,7 +13,7 @@ use super::{
     block,
     groups::{self, Member, OPERAND, Plan, STACK},
     loops::Round,
-    operands::At,
+    operands::{At, names_block},
     out_of_line::{SlowPath, Stub, StubKind},
     scratch::Copies,
     strings::SlowString,
@@ -110,6 +110,8 @@ pub struct Emitter<'a> {
     /// How far the guest's RSP is from what its host register holds.
     pub(super) moved: i32,
     x87_loaded: bool,
+    /// The host has RORX.
+    pub(super) rorx: bool,
 }
 
 impl<'a> Emitter<'a> {
@@ -146,6 +148,7 @@ impl<'a> Emitter<'a> {
             in_block: true,
             moved: 0,
             x87_loaded: false,
+            rorx: std::arch::is_x86_feature_detected!("bmi2"),
         }
     }
 
@@ -313,11 +316,16 @@ impl<'a> Emitter<'a> {
 
     /// The identity lane.
     fn host_node(&mut self, node: &Node, mem: Option<MemUse>) -> Result<(), super::operands::Unencodable> {
+        let needed = node.reads | merged(node);
         let at = mem.map(|mem| match self.place(OPERAND).and_then(|m| Some((m, self.stride(m)?))) {
             Some((member, stride)) => self.on_stride(&stride, &node.insn, member.at),
+            None if self.place(OPERAND).is_none() && needed == 0 && !names_block(&node.insn) => {
+                self.address(&node.insn);
+                self.probe_apart(mem)
+            }
             None => At::from_t0(self.operand(&node.insn, mem)),
         });
-        let complete = self.restore_flags(node.reads | merged(node));
+        let complete = self.restore_flags(needed);
         self.host_insn(&node.insn, at)?;
         if node.writes {
             self.in_host = true;

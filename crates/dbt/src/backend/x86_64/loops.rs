@@ -5,7 +5,7 @@
 //! is the guest's own address plus a constant, with no look at the TLB and no harm to the flags. Nor does anybody look at the
 //! requests; a page is left soon enough.
 
-use iced_x86::{Instruction, OpKind, Register};
+use iced_x86::{Instruction, Register};
 use ruse_arch::state::seg;
 
 use super::{
@@ -18,7 +18,7 @@ use super::{
     emit::Emitter,
     groups::{Member, OPERAND, Part, Plan, Stride},
     home,
-    operands::{At, lea},
+    operands::{At, lea, lives_in_block, names_block},
     out_of_line::{Missed, Stub, StubKind},
 };
 use crate::{
@@ -261,11 +261,9 @@ impl Emitter<'_> {
 /// Whether the code made for a node whose access is on a stride needs neither T0 nor T1.
 fn leaves_scratch_alone(node: &Node) -> bool {
     let i = &node.insn;
-    let lives_in_block = |r: Register| gpr_index(r).is_some_and(|g| matches!(home(g as u8), Home::Block(_)));
-    let operands = (0..i.op_count()).filter(|&op| i.op_kind(op) == OpKind::Register);
     matches!(node.op, Op::Nop | Op::Host(_) | Op::Address | Op::Branch { .. } | Op::Jump { .. })
         && !node.x87
-        && !operands.map(|op| i.op_register(op)).any(lives_in_block)
+        && !names_block(i)
         && !lives_in_block(i.memory_base())
         && !lives_in_block(i.memory_index())
 }

@@ -25,6 +25,8 @@ pub(super) struct SlowPath {
 /// For what a probe was that missed.
 pub(super) enum Missed {
     Access(MemUse),
+    /// The same, where the host address is to be in T0 and T1 together.
+    Apart(MemUse),
     Group(Lead),
     /// The page that the group with this number remembers.
     Page(u8, Lead),
@@ -137,9 +139,12 @@ impl Emitter<'_> {
         self.marks.push(Mark { host: self.asm.code.len() as u32, guest: slow.guest, host_flags: false });
         match slow.missed {
             Missed::Access(mem) => {
-                let size =
-                    ACCESS_SIZES.iter().position(|&s| s == mem.size).expect("the front end knows the sizes");
-                self.asm.call(self.thunks.slow_access[size][usize::from(mem.write)]);
+                self.call_slow_access(mem);
+                self.asm.jmp(slow.back);
+            }
+            Missed::Apart(mem) => {
+                self.call_slow_access(mem);
+                self.asm.mov_imm(T1, 0);
                 self.asm.jmp(slow.back);
             }
             Missed::Group(lead) => self.slow_group(&slow, lead),
@@ -149,6 +154,11 @@ impl Emitter<'_> {
                 self.without_strides(table);
             }
         }
+    }
+
+    fn call_slow_access(&mut self, mem: MemUse) {
+        let size = ACCESS_SIZES.iter().position(|&s| s == mem.size).expect("the front end knows the sizes");
+        self.asm.call(self.thunks.slow_access[size][usize::from(mem.write)]);
     }
 
     /// A group whose bytes are not all accessible: its instructions go on in code without groups.

@@ -77,6 +77,7 @@ impl State {
         match (i.mnemonic(), a, b) {
             (Mnemonic::Mov, Register(T0), b) if wide => self.t0 = before.loaded(b),
             (Mnemonic::Mov, Register(T1), Number(value)) => self.t1 = Scratch::Constant(value),
+            (Mnemonic::Mov, Register(T1), Operand::Entry(HOST)) if wide => self.t0 = before.page_apart(),
             (Mnemonic::Mov, Register(T0), Number(value)) => self.t0 = Address::Constant(value),
             (Mnemonic::Mov, Register(T1), Register(of)) if !wide => self.t1 = Scratch::Low(of),
             (Mnemonic::Mov, Register(T1), Block(at)) if wide && at == fields::SAVED => {
@@ -181,6 +182,18 @@ impl State {
                     }
                     _ => Address::Any,
                 }
+            }
+            _ => Address::Any,
+        }
+    }
+
+    /// T0 where T1 gets the host address of the page from its entry.
+    fn page_apart(&self) -> Address {
+        match (self.t0, self.t1) {
+            (Address::FromTag { write, limit: Some(limit), .. }, Scratch::Matched { write: right })
+                if right == write =>
+            {
+                Address::Sum { span: PAGE - limit, write }
             }
             _ => Address::Any,
         }

@@ -5,7 +5,7 @@ use std::{mem::offset_of, ops::Range};
 use ruse_arch::{Segment, state::seg};
 
 use super::super::groups::GROUPS;
-use crate::cpu::{Cpu, LOOPS, REQUESTS_OFFSET};
+use crate::cpu::{Cpu, REQUESTS_OFFSET};
 
 /// The entries of the TLB's view, and of the jump cache.
 pub const TLB: i64 = offset_of!(Cpu, tlb) as i64;
@@ -59,7 +59,7 @@ pub fn may_write(at: i64, size: usize) -> bool {
         at..at + 8
     };
     let word = |at: usize| at..at + 8;
-    let places: [Range<usize>; 12] = [
+    let places: [Range<usize>; 11] = [
         offset_of!(Cpu, gpr)..offset_of!(Cpu, rip),
         word(offset_of!(Cpu, rflags)),
         word(offset_of!(Cpu, arith)),
@@ -67,8 +67,7 @@ pub fn may_write(at: i64, size: usize) -> bool {
         offset_of!(Cpu, scratch)..offset_of!(Cpu, bounce),
         HOSTS as usize..HOSTS as usize + 8 * GROUPS,
         PAGES as usize..PAGES as usize + 16 * GROUPS,
-        offset_of!(Cpu, rounds)..offset_of!(Cpu, stack_limit),
-        offset_of!(Cpu, first_rounds)..offset_of!(Cpu, first_rounds) + 4 * LOOPS,
+        offset_of!(Cpu, first_rounds)..offset_of!(Cpu, stack_limit),
         base(seg::FS),
         base(seg::GS),
         word(offset_of!(Cpu, kernel_gs_base)),

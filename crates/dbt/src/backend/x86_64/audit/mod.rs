@@ -281,7 +281,7 @@ impl Audit<'_> {
         } else if target == t.slow_group {
             let Scratch::Constant(kind) = before.t1 else { return Err("a group of any size".into()) };
             after.set_t1(Scratch::Any);
-            after.t0 = Address::HostOrZero { span: (kind & 0xff) as u32, write: kind >> 8 != 0 };
+            after.t0 = Address::HostOrZero { span: (kind & 0xffff) as u32, write: kind >> 16 != 0 };
         } else if target == t.step {
             after.forget_registers();
         } else if target == t.forget_returns {
@@ -394,6 +394,14 @@ fn check_access(i: &Instruction, before: &State, memory: &UsedMemory) -> Result<
             let fits = size > 0 && displacement >= 0 && displacement + size as i64 <= span.into();
             let bit = bit_stays(i, before, size);
             let allowed = fits && bit && (write || !writes);
+            allowed.then_some(()).ok_or_else(|| format!("{size} bytes that the probe has not asked for"))
+        }
+        (_, Register::R14) if memory.index() == Register::R15 && memory.scale() == 1 => {
+            let Some((span, write)) = before.sum_of_both() else {
+                return Err("a sum that no probe has found".into());
+            };
+            let fits = size > 0 && displacement == 0 && size <= span as usize;
+            let allowed = fits && bit_stays(i, before, size) && (write || !writes);
             allowed.then_some(()).ok_or_else(|| format!("{size} bytes that the probe has not asked for"))
         }
         (_, Register::R15) if bare && !writes => {

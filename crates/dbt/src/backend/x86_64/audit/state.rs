@@ -30,6 +30,11 @@ pub enum Address {
         write: bool,
         of: Option<u8>,
     },
+    /// T0 and T1 together are a host address of so many bytes of guest RAM.
+    Sum {
+        span: u32,
+        write: bool,
+    },
     /// As [`Address::Host`], or 0.
     HostOrZero {
         span: u32,
@@ -160,7 +165,9 @@ impl Address {
     /// What is left when T1 leads to another entry.
     fn without_entry(self) -> Self {
         match self {
-            Address::FromTag { .. } | Address::Tag { .. } | Address::Page { .. } => Address::Any,
+            Address::FromTag { .. } | Address::Tag { .. } | Address::Page { .. } | Address::Sum { .. } => {
+                Address::Any
+            }
             _ => self,
         }
     }
@@ -179,6 +186,22 @@ impl Remembered {
 }
 
 impl State {
+    /// If T0 and T1 together are a host address: of how many bytes, and whether they may be written.
+    pub fn sum_of_both(&self) -> Option<(u32, bool)> {
+        match (self.t0, self.t1) {
+            (Address::Sum { span, write }, _) => Some((span, write)),
+            (Address::Host { span, write, .. }, Scratch::Constant(0)) => Some((span, write)),
+            _ => None,
+        }
+    }
+
+    fn meet_t0(&self, other: &Self) -> Address {
+        match (self.t0.meet(other.t0), self.sum_of_both(), other.sum_of_both()) {
+            (Address::Any, Some((a, v)), Some((b, w))) => Address::Sum { span: a.min(b), write: v && w },
+            (t0, ..) => t0,
+        }
+    }
+
     /// What holds in both.
     pub fn meet(&self, other: &Self) -> Self {
         let t1 = match (self.t1, other.t1) {
@@ -189,7 +212,7 @@ impl State {
             _ => Scratch::Any,
         };
         Self {
-            t0: self.t0.meet(other.t0),
+            t0: self.meet_t0(other),
             t1,
             compared: if self.compared == other.compared { self.compared } else { Compared::Nothing },
             rcx: self.rcx.zip(other.rcx).map(|(a, b)| a.max(b)),
