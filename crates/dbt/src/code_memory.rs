@@ -112,6 +112,13 @@ impl CodeMemory {
         dual || self.protect(MprotectFlags::READ | MprotectFlags::EXEC).is_ok()
     }
 
+    /// Copies code from an offset.
+    pub fn read(&self, offset: usize, bytes: &mut [u8]) {
+        assert!(offset + bytes.len() <= self.used, "only what was allocated is read");
+        // SAFETY: the range lies in the executable mapping, which can be read always; no Rust reference leads there.
+        unsafe { self.rx.as_ptr().add(offset).copy_to_nonoverlapping(bytes.as_mut_ptr(), bytes.len()) };
+    }
+
     /// Allocates and writes code; returns its executable address, or `None` when the region is full.
     pub fn push(&mut self, bytes: &[u8], align: usize) -> Option<*const u8> {
         let before = self.used;

@@ -10,7 +10,11 @@ use std::{
 use hashbrown::HashTable;
 use iced_x86::{Encoder, InstructionInfoFactory};
 
-use super::{marks::Marks, profile::Profile};
+use super::{
+    marks::Marks,
+    profile::Profile,
+    templates::{Distance, Place, Template, Templates, is_movable},
+};
 use crate::{
     backend::x86_64::{
         audit::audit,
@@ -21,6 +25,10 @@ use crate::{
     frontend::x86_64::{CodeMode, Lifter, Piece},
     ir::Region,
 };
+
+#[cfg(test)]
+#[path = "copy_tests.rs"]
+mod copy_tests;
 
 /// Bytes of generated code that a vCPU keeps at most.
 const CODE_BYTES: usize = 256 << 20;
@@ -45,7 +53,7 @@ impl Key {
 
 /// A multiplicative hash: keys are addresses, not chosen against us in any way that matters.
 #[derive(Default)]
-struct KeyHasher(u64);
+pub(super) struct KeyHasher(u64);
 
 impl Hasher for KeyHasher {
     fn finish(&self) -> u64 {
@@ -64,7 +72,7 @@ impl Hasher for KeyHasher {
     }
 }
 
-type Map<K, V> = HashMap<K, V, BuildHasherDefault<KeyHasher>>;
+pub(super) type Map<K, V> = HashMap<K, V, BuildHasherDefault<KeyHasher>>;
 
 /// Where the guest code of a block lies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -103,6 +111,10 @@ impl Block {
         Key { va: self.va, page: self.page, mode: u32::from(self.mode) }
     }
 
+    fn place(&self) -> Place {
+        Place { host: self.page | self.va & 0xfff, mode: self.mode.into() }
+    }
+
     /// Whether its guest code has some of these bytes of the page at host address `page`.
     fn overlaps(&self, page: u64, bytes: &std::ops::Range<u32>) -> bool {
         let start = (self.va & 0xfff) as u32;
@@ -113,6 +125,7 @@ impl Block {
 }
 
 /// A jump between blocks.
+#[derive(Clone)]
 struct Link {
     target: u64,
     /// Offset of its displacement in the code memory.
@@ -129,6 +142,16 @@ struct Link {
     plain: bool,
     /// It leads on to higher addresses, past the look at the requests.
     ahead: bool,
+}
+
+impl Link {
+    /// Writes what makes the link, at these places, lead nowhere.
+    fn unlinked(&self, site: u32, unresolved: u32, mut write: impl FnMut(u32, u32)) {
+        if self.guarded {
+            write(site - emit::GUARD, 0);
+        }
+        write(site, unresolved.wrapping_sub(site + 4));
+    }
 }
 
 /// Where a host address in generated code belongs.
@@ -154,6 +177,7 @@ pub struct Blocks {
     marks: Marks,
     by_page: Map<u64, Vec<u32>>,
     links: Vec<Link>,
+    templates: Templates,
     counts: Counts,
     /// Code is looked through when it is made.
     audited: bool,
@@ -165,6 +189,8 @@ pub struct Blocks {
 #[derive(Default)]
 struct Counts {
     made: u64,
+    /// Copied from others.
+    copied: u64,
     /// Of those that were made: without groups of accesses, guest instructions, bytes of the guest's and of host code.
     plain: u64,
     instructions: u64,
@@ -196,6 +222,7 @@ impl Blocks {
             marks: Marks::default(),
             by_page: Map::default(),
             links: Vec::new(),
+            templates: Templates::default(),
             counts: Counts::default(),
             audited: false,
             profile: None,
@@ -234,11 +261,12 @@ impl Blocks {
     }
 
     /// What it counts.
-    pub fn counters(&self) -> [(&'static str, u64); 9] {
+    pub fn counters(&self) -> [(&'static str, u64); 10] {
         let c = &self.counts;
         [
             ("blocks.made", c.made),
             ("blocks.made.plain", c.plain),
+            ("blocks.copied", c.copied),
             ("blocks.lookups", c.lookups),
             ("blocks.links", c.links),
             ("blocks.dropped", c.dropped),
@@ -295,15 +323,9 @@ impl Blocks {
         {
             panic!("the code of the region at {:#x} (mode {mode:?}): {what}", region.start);
         }
-        let Code { bytes, links, marks, .. } = code;
-        let at = self.memory.push(&bytes, 16)?;
-        if let Some(profile) = &self.profile {
-            let (half, plain) =
-                (if mode.kernel { "kernel" } else { "user" }, if mode.plain { ".plain" } else { "" });
-            profile.add(&format!("{half}_{:x}{plain}", region.start), at as u64, &bytes);
-        }
+        self.push_code(region.start, mode, &code.bytes)?;
         let absolute = |at: u32| at + offset as u32;
-        self.links.extend(links.iter().map(|l| Link {
+        self.links.extend(code.links.iter().map(|l| Link {
             target: l.target,
             site: absolute(l.site),
             unresolved: absolute(l.unresolved),
@@ -313,30 +335,101 @@ impl Blocks {
             plain: l.plain,
             ahead: l.ahead,
         }));
-        let id = self.blocks.len() as u32;
         let block = Block {
             va: region.start,
             page: source.page,
             second: source.second.unwrap_or(0),
             host: offset as u32,
-            marks: self.marks.push(&marks),
+            marks: self.marks.push(&code.marks),
             incoming: NONE,
             len: region.end.wrapping_sub(region.start) as u16,
             mode: mode.bits() as u8,
             alive: true,
         };
-        let hash = block.key().hash();
-        self.blocks.push(block);
-        self.by_key.insert_unique(hash, id, |&id| self.blocks[id as usize].key().hash());
-        for page in [Some(source.page), source.second].into_iter().flatten() {
-            self.by_page.entry(page).or_default().push(id);
+        let place = block.place();
+        let id = self.add(block);
+        // A copy would have to see where the second page is.
+        if source.second.is_none() && is_movable(region.start) {
+            self.templates.add(place, id, first_link, &code);
         }
         self.counts.made += 1;
         self.counts.plain += u64::from(mode.plain);
         self.counts.instructions += region.nodes.len() as u64;
         self.counts.guest_bytes += region.end.wrapping_sub(region.start);
-        self.counts.host_bytes += bytes.len() as u64;
+        self.counts.host_bytes += code.bytes.len() as u64;
         Some(id)
+    }
+
+    /// A block for the code at `va` on the page at host address `page`, made of one for the same code at another address.
+    /// `None`: there is none, or no room.
+    pub fn copy(&mut self, va: u64, page: u64, mode: CodeMode) -> Option<u32> {
+        let place = Place { host: page | va & 0xfff, mode: mode.bits() };
+        let template = self.templates.find(place).filter(|_| is_movable(va))?;
+        let Block { va: from_va, host: from, marks, len, .. } = self.blocks[template.block as usize];
+        let offset = self.memory.used().next_multiple_of(16) as u32;
+        let first_link = self.links.len() as u32;
+        let by = Distance {
+            guest: va.wrapping_sub(from_va),
+            host: offset.wrapping_sub(from),
+            links: first_link - template.links.start,
+        };
+        let mut bytes = vec![0; template.len as usize];
+        self.memory.read(from as usize, &mut bytes);
+        for link in &self.links[template.links.start as usize..template.links.end as usize] {
+            let [site, unresolved] = [link.site, link.unresolved].map(|at| at - from);
+            link.unlinked(site, unresolved, |at, word| {
+                bytes[at as usize..at as usize + 4].copy_from_slice(&word.to_le_bytes());
+            });
+        }
+        self.templates.relocate(&template, &mut bytes, by);
+        if self.audited {
+            self.audit_copy(&template, &bytes, offset);
+        }
+        self.push_code(va, mode, &bytes)?;
+        self.links.extend_from_within(template.links.start as usize..template.links.end as usize);
+        for link in &mut self.links[first_link as usize..] {
+            link.target = link.target.wrapping_add(by.guest);
+            link.site = link.site.wrapping_add(by.host);
+            link.unresolved = link.unresolved.wrapping_add(by.host);
+            (link.to, link.next) = (NONE, NONE);
+        }
+        let mode = mode.bits() as u8;
+        let block =
+            Block { va, page, second: 0, host: offset, marks, incoming: NONE, len, mode, alive: true };
+        self.counts.copied += 1;
+        Some(self.add(block))
+    }
+
+    fn audit_copy(&self, template: &Template, bytes: &[u8], offset: u32) {
+        let (links, marks, relocations) = (Vec::new(), Vec::new(), Vec::new());
+        let code = Code { bytes: bytes.to_vec(), links, marks, rounds: template.rounds.clone(), relocations };
+        let base = self.memory.rx_ptr() as u64 + u64::from(offset);
+        if let Err(what) = audit(&code, base, &self.thunks) {
+            panic!("a copy of block {}: {what}", template.block);
+        }
+    }
+
+    /// Puts code into the memory.
+    fn push_code(&mut self, va: u64, mode: CodeMode, bytes: &[u8]) -> Option<()> {
+        let at = self.memory.push(bytes, 16)?;
+        if let Some(profile) = &self.profile {
+            let (half, plain) =
+                (if mode.kernel { "kernel" } else { "user" }, if mode.plain { ".plain" } else { "" });
+            profile.add(&format!("{half}_{va:x}{plain}"), at as u64, bytes);
+        }
+        Some(())
+    }
+
+    /// Makes a block known.
+    fn add(&mut self, block: Block) -> u32 {
+        let id = self.blocks.len() as u32;
+        let hash = block.key().hash();
+        for page in [block.page, block.second].into_iter().filter(|&page| page != 0) {
+            self.by_page.entry(page).or_default().push(id);
+        }
+        self.blocks.push(block);
+        self.by_key.insert_unique(hash, id, |&id| self.blocks[id as usize].key().hash());
+        id
     }
 
     /// Linear address to which a link leads, and whether it leads to a block without groups of accesses; `None` if the
@@ -390,11 +483,9 @@ impl Blocks {
         while let Some(l) = self.links.get_mut(next as usize) {
             l.to = NONE;
             next = std::mem::replace(&mut l.next, NONE);
-            if l.guarded {
-                let _ = self.memory.write((l.site - emit::GUARD) as usize, &0u32.to_le_bytes());
-            }
-            let rel = l.unresolved.wrapping_sub(l.site + 4);
-            let _ = self.memory.write(l.site as usize, &rel.to_le_bytes());
+            l.unlinked(l.site, l.unresolved, |at, word| {
+                let _ = self.memory.write(at as usize, &word.to_le_bytes());
+            });
         }
     }
 
@@ -415,6 +506,8 @@ impl Blocks {
             if let Ok(entry) = self.by_key.find_entry(block.key().hash(), |&other| other == id) {
                 entry.remove();
             }
+            let place = block.place();
+            self.templates.remove(place, id);
             self.unlink(id);
             self.counts.dropped += 1;
             false
@@ -434,6 +527,7 @@ impl Blocks {
         self.by_key.clear();
         self.links.clear();
         self.marks.clear();
+        self.templates.clear();
         self.by_page.drain().map(|(page, _)| page).collect()
     }
 

@@ -1,6 +1,7 @@
 //! Tables that say to which guest instruction each piece of generated code belongs, packed: they are as many as the
 //! instructions, and read only at faults.
 
+use super::packed::{put, take};
 use crate::backend::x86_64::emit::Mark;
 
 /// The tables of many blocks, one behind the other.
@@ -13,13 +14,14 @@ impl Marks {
     /// Adds a table of marks with ascending host offsets; returns where it begins.
     pub fn push(&mut self, marks: &[Mark]) -> u32 {
         let at = self.bytes.len() as u32;
-        self.put(marks.len() as u32);
+        put(&mut self.bytes, marks.len() as u32);
         let (mut host, mut guest) = (0, 0);
         for mark in marks {
-            self.put(mark.host - host);
+            put(&mut self.bytes, mark.host - host);
             // Offsets go back where code is out of line.
             let step = i32::from(mark.guest) - guest;
-            self.put(((step << 1 ^ step >> 31) as u32) << 1 | u32::from(mark.host_flags));
+            let step = (step << 1 ^ step >> 31) as u32;
+            put(&mut self.bytes, step << 1 | u32::from(mark.host_flags));
             (host, guest) = (mark.host, i32::from(mark.guest));
         }
         at
@@ -46,27 +48,6 @@ impl Marks {
     pub fn clear(&mut self) {
         self.bytes.clear();
     }
-
-    /// Appends a number, seven bits a byte, the low ones first.
-    fn put(&mut self, mut value: u32) {
-        while value >= 0x80 {
-            self.bytes.push(value as u8 | 0x80);
-            value >>= 7;
-        }
-        self.bytes.push(value as u8);
-    }
-}
-
-fn take(bytes: &mut std::slice::Iter<u8>) -> u32 {
-    let (mut value, mut shift) = (0, 0);
-    for &byte in bytes {
-        value |= u32::from(byte & 0x7f) << shift;
-        if byte < 0x80 {
-            break;
-        }
-        shift += 7;
-    }
-    value
 }
 
 #[cfg(test)]

@@ -11,9 +11,11 @@ mod fault;
 mod isolation_tests;
 mod marks;
 mod mode;
+mod packed;
 pub mod profile;
 #[cfg(test)]
 mod system_tests;
+mod templates;
 #[cfg(test)]
 mod tests;
 pub mod vcpu;

@@ -290,7 +290,10 @@ impl DbtVcpu {
             return Ok(self.second_page_holds(block, va)?.then_some(block));
         }
         let started = Instant::now();
-        let block = self.translate(va, host, page, mode);
+        let block = match self.blocks.copy(va, page, mode) {
+            Some(block) => Ok(Some(block)),
+            None => self.translate(va, host, page, mode),
+        };
         self.cpu.counters.translation_ns += started.elapsed().as_nanos() as u64;
         block
     }

@@ -25,6 +25,9 @@ const CODE_TABLE: u64 = 0x5000;
 const DATA: u64 = 0x1_0000;
 const CODE_PAGES: u64 = 0x2_0000;
 
+/// Distances at which the same pages lie once more after [`add_aliases`].
+pub const ALIASES: [u64; 2] = [16 << 30, 0x5500_0000_0000];
+
 /// A machine with nothing in it.
 pub struct NullBus;
 
@@ -66,6 +69,13 @@ fn write_tables(ram: &GuestRam) {
     for (at, value) in entries {
         copy_in(ram, at, &u64::to_le_bytes(value));
     }
+}
+
+/// Maps all of the code and the data at [`ALIASES`], too.
+pub fn add_aliases(ram: &GuestRam) {
+    let user = 7;
+    copy_in(ram, PDPT + (ALIASES[0] >> 30) * 8, &(PD | user).to_le_bytes());
+    copy_in(ram, PML4 + (ALIASES[1] >> 39) * 8, &(PDPT | user).to_le_bytes());
 }
 
 /// Where a page of the data lies: what follows on in the program's memory does not in the guest's.
@@ -121,8 +131,8 @@ fn load_code(cpu: &mut Cpu, ram: &GuestRam, code: &[u8]) {
     }
 }
 
-/// Puts a case's inputs into a CPU.
-pub fn load(cpu: &mut Cpu, ram: &GuestRam, case: &Case) {
+/// Puts a case's inputs into a CPU, which will execute the code at an address that is so much higher.
+pub fn load(cpu: &mut Cpu, ram: &GuestRam, case: &Case, higher: u64) {
     let mut window = [0; WINDOW_BYTES];
     case.fill(&mut window);
     for (page, part) in window.chunks(4096).enumerate() {
@@ -131,7 +141,7 @@ pub fn load(cpu: &mut Cpu, ram: &GuestRam, case: &Case) {
     load_code(cpu, ram, &case.code);
     let s = &case.state;
     cpu.gpr = s.gpr;
-    cpu.rip = case.entry();
+    cpu.rip = case.entry() + higher;
     cpu.rflags = s.flags;
     cpu.fpu.fxsave.copy_from_slice(&s.fpu[..512]);
     for (n, high) in cpu.fpu.ymm_high.iter_mut().enumerate() {
@@ -139,15 +149,17 @@ pub fn load(cpu: &mut Cpu, ram: &GuestRam, case: &Case) {
     }
 }
 
-/// What has become of it: every case ends with an exception, most of them with the one at their end.
-pub fn unload(cpu: &Cpu, ram: &GuestRam, case: &Case, fault: Exception) -> Outcome {
+/// What has become of it: every case ends with an exception, most of them with the one at their end. RIP is said as if
+/// the code were not higher.
+pub fn unload(cpu: &Cpu, ram: &GuestRam, case: &Case, higher: u64, fault: Exception) -> Outcome {
     let mut o = Outcome { vector: NONE, ..Outcome::EMPTY };
-    if fault != Exception::UD || cpu.rip != case.end() {
+    let rip = cpu.rip.wrapping_sub(higher);
+    if fault != Exception::UD || rip != case.end() {
         o.vector = u64::from(fault.vector);
         o.error = u64::from(fault.error.unwrap_or(0));
         o.address = fault.payload;
     }
-    (o.state.gpr, o.state.rip, o.state.flags) = (cpu.gpr, cpu.rip, cpu.rflags);
+    (o.state.gpr, o.state.rip, o.state.flags) = (cpu.gpr, rip, cpu.rflags);
     o.state.fpu[..512].copy_from_slice(&cpu.fpu.fxsave);
     for (n, high) in cpu.fpu.ymm_high.iter().enumerate() {
         o.state.fpu[576 + 16 * n..][..8].copy_from_slice(&high[0].to_le_bytes());

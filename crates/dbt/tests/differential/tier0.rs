@@ -7,7 +7,7 @@ use ruse_dbt::{
 };
 use ruse_memory::GuestRam;
 
-use crate::guest::{NullBus, load, machine, unload};
+use crate::guest::{ALIASES, NullBus, add_aliases, load, machine, unload};
 
 /// Steps after which a case counts as endless.
 const MOST_STEPS: u32 = 200_000;
@@ -16,21 +16,29 @@ const MOST_STEPS: u32 = 200_000;
 pub struct Tier0 {
     cpu: CpuBox,
     ram: GuestRam,
+    higher: u64,
 }
 
 impl Tier0 {
     /// A CPU with everything that the engine offers.
     pub fn new() -> Self {
         let (cpu, ram) = machine();
-        Self { cpu, ram }
+        Self { cpu, ram, higher: 0 }
+    }
+
+    /// The same, with the code at the last of [`ALIASES`].
+    pub fn higher() -> Self {
+        let tier0 = Self { higher: ALIASES[1], ..Self::new() };
+        add_aliases(&tier0.ram);
+        tier0
     }
 
     fn one(&mut self, case: &Case) -> Outcome {
-        load(&mut self.cpu, &self.ram, case);
+        load(&mut self.cpu, &self.ram, case, self.higher);
         let fault =
             self.cpu.with_bus(&NullBus, |cpu: &mut Cpu| (0..MOST_STEPS).find_map(|_| tier0::step(cpu).err()));
         match fault {
-            Some(fault) => unload(&self.cpu, &self.ram, case, fault),
+            Some(fault) => unload(&self.cpu, &self.ram, case, self.higher, fault),
             None => Outcome::EMPTY,
         }
     }

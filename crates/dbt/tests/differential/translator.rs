@@ -2,9 +2,10 @@
 
 use ruse_cases::case::{Case, Executor, Outcome};
 use ruse_dbt::{DbtOptions, runtime::vcpu::DbtVcpu};
+use ruse_engine::Vcpu;
 use ruse_memory::GuestRam;
 
-use crate::guest::{NullBus, forget_addresses, load, machine, unload};
+use crate::guest::{ALIASES, NullBus, add_aliases, forget_addresses, load, machine, unload};
 
 /// Cases between two that begin with empty TLBs.
 const FORGETFUL: u64 = 16;
@@ -14,6 +15,8 @@ pub struct Translator {
     vcpu: DbtVcpu,
     ram: GuestRam,
     cases: u64,
+    /// At which distances a case runs, one after the other; what becomes of it at the last one counts.
+    places: &'static [u64],
 }
 
 impl Translator {
@@ -22,7 +25,14 @@ impl Translator {
         let (cpu, ram) = machine();
         let vcpu = DbtVcpu::new(cpu, DbtOptions { audit: true, ..DbtOptions::default() })
             .expect("memory for generated code");
-        Self { vcpu, ram, cases: 0 }
+        Self { vcpu, ram, cases: 0, places: &[0] }
+    }
+
+    /// Each case runs at several addresses, so that code that was made for one is copied for the others.
+    pub fn copying() -> Self {
+        let copying = Self { places: &ALIASES, ..Self::new() };
+        add_aliases(&copying.ram);
+        copying
     }
 
     /// How often translated code was entered, and how many instructions were left to tier 0.
@@ -31,14 +41,23 @@ impl Translator {
         (counters.dispatches, counters.tier0)
     }
 
+    /// One of the engine's counters.
+    pub fn counter(&self, name: &str) -> u64 {
+        self.vcpu.counters().get(name)
+    }
+
     fn one(&mut self, case: &Case) -> Outcome {
         self.cases += 1;
         if self.cases.is_multiple_of(FORGETFUL) {
             forget_addresses(self.vcpu.cpu_mut(), &self.ram);
         }
-        load(self.vcpu.cpu_mut(), &self.ram, case);
-        let fault = self.vcpu.run_until_fault(&NullBus);
-        unload(self.vcpu.cpu(), &self.ram, case, fault)
+        let mut outcome = Outcome::EMPTY;
+        for &place in self.places {
+            load(self.vcpu.cpu_mut(), &self.ram, case, place);
+            let fault = self.vcpu.run_until_fault(&NullBus);
+            outcome = unload(self.vcpu.cpu(), &self.ram, case, place, fault);
+        }
+        outcome
     }
 }
 

@@ -21,18 +21,51 @@ pub enum Mem {
     At(u8, i32),
 }
 
+/// What a constant in the code is made of, that would be another one in a copy of the code elsewhere.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Relocated {
+    /// A guest address, eight bytes.
+    Address,
+    /// The lower half of a guest address.
+    AddressLow,
+    /// The displacement of shared code.
+    Shared,
+    /// The lower half of a host address in the code itself.
+    Own,
+    /// The number of a link.
+    Link,
+}
+
+impl Relocated {
+    /// Bytes of the constant.
+    pub fn size(self) -> usize {
+        if self == Self::Address { 8 } else { 4 }
+    }
+}
+
+/// A constant that depends on where the code lies, or the guest's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Relocation {
+    /// Offset in the code.
+    pub at: u32,
+    /// What it is made of.
+    pub what: Relocated,
+}
+
 /// Host code under construction at a known address.
 pub struct Asm {
     /// The bytes so far.
     pub code: Vec<u8>,
     /// Address of the first byte when executed.
     pub base: u64,
+    /// Constants that depend on it and on where the guest's code lies, by ascending offset.
+    pub relocations: Vec<Relocation>,
 }
 
 impl Asm {
     /// Empty code that will lie at `base`.
     pub fn new(base: u64) -> Self {
-        Self { code: Vec::with_capacity(1024), base }
+        Self { code: Vec::with_capacity(1024), base, relocations: Vec::new() }
     }
 
     /// Address of the next byte.
@@ -126,6 +159,16 @@ impl Asm {
             self.bytes(&value.to_le_bytes());
         }
     }
+    /// [`Asm::mov_imm`] of a guest address in the region or as far from it as an instruction can name.
+    pub fn mov_address(&mut self, reg: u8, address: u64) {
+        self.mov_imm(reg, address);
+        let short = u32::try_from(address).is_ok() || i32::try_from(address as i64).is_ok();
+        self.relocated(if short { Relocated::AddressLow } else { Relocated::Address });
+    }
+    /// The last bytes are such a constant.
+    pub fn relocated(&mut self, what: Relocated) {
+        self.relocations.push(Relocation { at: (self.code.len() - what.size()) as u32, what });
+    }
     /// `mov qword [mem], imm32` sign-extended.
     pub fn store_imm(&mut self, mem: Mem, value: i32) {
         self.mem(&[], true, &[0xc7], 0, mem);
@@ -175,6 +218,10 @@ impl Asm {
         let at = self.code.len();
         let rel = target.wrapping_sub(self.here() + 4) as u32;
         self.bytes(&rel.to_le_bytes());
+        // Shared code lies before all other. A target of 0 is not known yet, but will be in the code itself.
+        if (1..self.base).contains(&target) {
+            self.relocated(Relocated::Shared);
+        }
         at
     }
 }

@@ -7,7 +7,7 @@ use ruse_arch::flags::rflags;
 
 use super::{
     asm::{
-        Asm, Mem, cc,
+        Asm, Mem, Relocation, cc,
         host::{T0, T1},
     },
     block,
@@ -70,6 +70,8 @@ pub struct Code {
     pub marks: Vec<Mark>,
     /// Offsets of the rounds of a loop that were counted before.
     pub rounds: Range<u32>,
+    /// What would be another constant in a copy elsewhere.
+    pub relocations: Vec<Relocation>,
 }
 
 /// Makes the code of one region.
@@ -175,7 +177,8 @@ impl<'a> Emitter<'a> {
         self.nodes(region);
         self.second_copy(region);
         self.out_of_line();
-        Code { bytes: self.asm.code, links: self.links, marks: self.marks, rounds: self.rounds }
+        let Asm { code: bytes, relocations, .. } = self.asm;
+        Code { bytes, links: self.links, marks: self.marks, rounds: self.rounds, relocations }
     }
 
     /// As at the region's beginning.
@@ -303,7 +306,7 @@ impl<'a> Emitter<'a> {
 
     /// Calls tier 0 for one instruction.
     pub(super) fn call_step(&mut self, ip: u64, len: u64) {
-        self.asm.mov_imm(T0, ip);
+        self.asm.mov_address(T0, ip);
         self.asm.mov_imm(T1, len);
         self.asm.call(self.thunks.step);
     }

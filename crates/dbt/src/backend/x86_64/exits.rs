@@ -55,7 +55,7 @@ impl Emitter<'_> {
             _ => return self.interpret(i.ip(), live),
         };
         self.spill_flags(live);
-        self.asm.mov_imm(T0, i.ip());
+        self.asm.mov_address(T0, i.ip());
         self.asm.mov_imm(T1, i.len() as u64);
         self.asm.jmp(thunk);
     }
@@ -63,7 +63,7 @@ impl Emitter<'_> {
     /// Leaves to tier 0 at the linear address `at`.
     pub(super) fn interpret(&mut self, at: u64, live: u32) {
         self.spill_flags(live);
-        self.asm.mov_imm(T0, at);
+        self.asm.mov_address(T0, at);
         self.asm.jmp(self.thunks.interpret);
     }
 

@@ -390,7 +390,8 @@ impl<'a> Finder<'a> {
     /// The address of a memory operand without its segment; nothing for one of 32 bits.
     fn known(&self, i: &Instruction) -> Option<(Key, i64)> {
         if i.is_ip_rel_memory_operand() {
-            let key = Key { base: NONE, index: NONE, scale: 1, segment: Register::None };
+            // The scale tells it from an address that stays where it is when the code moves.
+            let key = Key { base: NONE, index: NONE, scale: 0, segment: Register::None };
             return (i.memory_base() == Register::RIP).then_some((key, i.memory_displacement64() as i64));
         }
         let part = |register: Register| match register {

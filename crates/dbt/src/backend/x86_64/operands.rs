@@ -80,7 +80,7 @@ impl Emitter<'_> {
     /// the segment has a base.
     pub(super) fn address(&mut self, i: &Instruction) {
         if i.is_ip_rel_memory_operand() {
-            self.asm.mov_imm(T0, i.memory_displacement64());
+            self.asm.mov_address(T0, i.memory_displacement64());
         } else {
             self.computed_address(i, T0, i.memory_base().is_gpr32() || i.memory_index().is_gpr32());
         }
@@ -118,7 +118,7 @@ impl Emitter<'_> {
         };
         if i.is_ip_rel_memory_operand() {
             let value = i.memory_displacement64();
-            self.asm.mov_imm(dst, if narrow_result { value & 0xffff_ffff } else { value });
+            self.asm.mov_address(dst, if narrow_result { value & 0xffff_ffff } else { value });
         } else {
             let narrow_address = i.memory_base().is_gpr32() || i.memory_index().is_gpr32();
             self.computed_address(i, dst, narrow_result || narrow_address);

@@ -2,7 +2,7 @@
 
 use super::{
     asm::{
-        Mem, cc,
+        Mem, Relocated, cc,
         host::{T0, T1},
     },
     block,
@@ -54,10 +54,8 @@ pub(super) enum StubKind {
     Unresolved(usize),
     /// There is no room for a return address; go on at this address.
     NoRoom(u64),
-    /// A return leads to elsewhere than behind its call.
-    Unforeseen,
-    /// A constant that an instruction has as its operand.
-    Constant(u64),
+    /// A guest address that an instruction has as its operand.
+    Address(u64),
 }
 
 impl Emitter<'_> {
@@ -104,13 +102,10 @@ impl Emitter<'_> {
                     self.asm.call(self.thunks.forget_returns);
                     self.asm.jmp(back);
                 }
-                StubKind::Constant(value) => {
+                StubKind::Address(address) => {
                     self.asm.bind(branch);
-                    self.asm.bytes(&value.to_le_bytes());
-                }
-                StubKind::Unforeseen => {
-                    let to = self.thunks.unforeseen_return.wrapping_sub(self.asm.base + branch as u64 + 4);
-                    self.asm.code[branch..branch + 4].copy_from_slice(&(to as u32).to_le_bytes());
+                    self.asm.bytes(&address.to_le_bytes());
+                    self.asm.relocated(Relocated::Address);
                 }
             }
         }
@@ -122,12 +117,13 @@ impl Emitter<'_> {
             self.links[index].unresolved = self.asm.code.len() as u32;
             self.asm.bind(branch);
             if link.guarded {
-                self.asm.mov_imm(T0, link.target);
+                self.asm.mov_address(T0, link.target);
                 self.asm.call(self.thunks.lookup_link);
             } else {
                 self.asm.call(self.thunks.exit_link);
             }
             self.asm.bytes(&(self.first_link + index as u32).to_le_bytes());
+            self.asm.relocated(Relocated::Link);
         } else {
             let rel = link.unresolved.wrapping_sub(branch as u32 + 4);
             self.asm.code[branch..branch + 4].copy_from_slice(&rel.to_le_bytes());

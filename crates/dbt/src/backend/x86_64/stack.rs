@@ -8,7 +8,7 @@ use ruse_arch::{flags::rflags, state::reg};
 use super::{
     Home,
     asm::{
-        Mem, cc,
+        Mem, Relocated, cc,
         host::{GUEST_RSP, RSP, T0, T1},
     },
     block,
@@ -82,7 +82,7 @@ impl Emitter<'_> {
     /// A call to a linear address that is known.
     pub(super) fn call(&mut self, i: &Instruction, target: u64) {
         let at = self.below_stack();
-        self.store_constant(at, i.next_ip());
+        self.store_address(at, i.next_ip());
         self.moved -= 8;
         self.move_stack();
         self.make_room();
@@ -105,10 +105,10 @@ impl Emitter<'_> {
         self.value(node, value);
         self.find_jump(StubKind::Interpret);
         self.asm.load(T0, block::scratch(0));
-        if let Ok(short) = i32::try_from(returns_to as i64) {
-            self.asm.store_imm(Mem::At(T0, at), short);
+        if i32::try_from(returns_to as i64).is_ok() {
+            self.store_address(at, returns_to);
         } else {
-            self.with_constant(&[0xff, 0x35], returns_to); // push [rip + address]
+            self.with_address(&[0xff, 0x35], returns_to); // push [rip + address]
             self.asm.mem(&[], false, &[0x8f], 0, Mem::At(T0, at)); // pop [T0 + at]
         }
         self.asm.lea(GUEST_RSP, GUEST_RSP, -8);
@@ -125,6 +125,7 @@ impl Emitter<'_> {
         self.move_stack();
         let here = self.asm.here() as u32;
         self.asm.mov_imm(T1, here.into());
+        self.asm.relocated(Relocated::Own);
         self.asm.bytes(&[0xc3]);
     }
 
@@ -141,20 +142,31 @@ impl Emitter<'_> {
         if let Ok(short) = i32::try_from(expected as i64) {
             self.asm.bytes(&[0x49, 0x81, 0xf8 | T0 & 7]); // cmp T0, expected
             self.asm.bytes(&short.to_le_bytes());
+            self.asm.relocated(Relocated::AddressLow);
         } else {
-            self.with_constant(&[0x4c, 0x3b, 0x05 | (T0 & 7) << 3], expected); // cmp T0, [rip + expected]
+            self.with_address(&[0x4c, 0x3b, 0x05 | (T0 & 7) << 3], expected); // cmp T0, [rip + expected]
         }
-        let branch = self.asm.jcc(cc::NE, 0);
-        self.stubs.push(Stub { branch, kind: StubKind::Unforeseen });
+        self.asm.jcc(cc::NE, self.thunks.unforeseen_return);
         self.exit_to(expected);
     }
 
-    /// An instruction, but for its displacement, whose memory operand is a constant that lies out of line.
-    fn with_constant(&mut self, instruction: &[u8], constant: u64) {
+    /// An instruction, but for its displacement, whose memory operand is a guest address that lies out of line.
+    fn with_address(&mut self, instruction: &[u8], address: u64) {
         self.asm.bytes(instruction);
         let branch = self.asm.code.len();
         self.asm.bytes(&[0; 4]);
-        self.stubs.push(Stub { branch, kind: StubKind::Constant(constant) });
+        self.stubs.push(Stub { branch, kind: StubKind::Address(address) });
+    }
+
+    /// Stores a guest address so many bytes from T0.
+    fn store_address(&mut self, at: i32, address: u64) {
+        if let Ok(short) = i32::try_from(address as i64) {
+            self.asm.store_imm(Mem::At(T0, at), short);
+            self.asm.relocated(Relocated::AddressLow);
+        } else {
+            self.asm.mov_address(T1, address);
+            self.asm.store(Mem::At(T0, at), T1);
+        }
     }
 
     /// Stores a constant so many bytes from T0.

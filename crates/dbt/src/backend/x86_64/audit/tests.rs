@@ -57,7 +57,13 @@ fn said(code: impl FnOnce(&mut CodeAssembler)) -> Result<(), String> {
     a.jmp(THUNKS.interpret).unwrap();
     let options = iced_x86::BlockEncoderOptions::DONT_FIX_BRANCHES;
     let laid = a.assemble_options(AT, options).unwrap();
-    let code = Code { bytes: laid.inner.code_buffer, links: Vec::new(), marks: Vec::new(), rounds: 0..0 };
+    let code = Code {
+        bytes: laid.inner.code_buffer,
+        links: Vec::new(),
+        marks: Vec::new(),
+        rounds: 0..0,
+        relocations: Vec::new(),
+    };
     audit(&code, AT, &THUNKS)
 }
 
