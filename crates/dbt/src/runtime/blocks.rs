@@ -103,7 +103,18 @@ struct Block {
     /// Bytes of its guest code.
     len: u16,
     mode: u8,
-    alive: bool,
+    state: State,
+}
+
+/// What may be done with a block.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum State {
+    /// Nothing: its code was written.
+    Dead,
+    /// It may be executed.
+    Alive,
+    /// It may be executed, and copied for other addresses.
+    Template,
 }
 
 impl Block {
@@ -178,6 +189,8 @@ pub struct Blocks {
     by_page: Map<u64, Vec<u32>>,
     links: Vec<Link>,
     templates: Templates,
+    /// Room for code that is being copied.
+    copied: Vec<u8>,
     counts: Counts,
     /// Code is looked through when it is made.
     audited: bool,
@@ -223,6 +236,7 @@ impl Blocks {
             by_page: Map::default(),
             links: Vec::new(),
             templates: Templates::default(),
+            copied: Vec::new(),
             counts: Counts::default(),
             audited: false,
             profile: None,
@@ -344,13 +358,14 @@ impl Blocks {
             incoming: NONE,
             len: region.end.wrapping_sub(region.start) as u16,
             mode: mode.bits() as u8,
-            alive: true,
+            state: State::Alive,
         };
         let place = block.place();
         let id = self.add(block);
         // A copy would have to see where the second page is.
         if source.second.is_none() && is_movable(region.start) {
             self.templates.add(place, id, first_link, &code);
+            self.blocks[id as usize].state = State::Template;
         }
         self.counts.made += 1;
         self.counts.plain += u64::from(mode.plain);
@@ -373,7 +388,8 @@ impl Blocks {
             host: offset.wrapping_sub(from),
             links: first_link - template.links.start,
         };
-        let mut bytes = vec![0; template.len as usize];
+        let mut bytes = std::mem::take(&mut self.copied);
+        bytes.resize(template.len as usize, 0);
         self.memory.read(from as usize, &mut bytes);
         for link in &self.links[template.links.start as usize..template.links.end as usize] {
             let [site, unresolved] = [link.site, link.unresolved].map(|at| at - from);
@@ -386,6 +402,7 @@ impl Blocks {
             self.audit_copy(&template, &bytes, offset);
         }
         self.push_code(va, mode, &bytes)?;
+        self.copied = bytes;
         self.links.extend_from_within(template.links.start as usize..template.links.end as usize);
         for link in &mut self.links[first_link as usize..] {
             link.target = link.target.wrapping_add(by.guest);
@@ -394,8 +411,8 @@ impl Blocks {
             (link.to, link.next) = (NONE, NONE);
         }
         let mode = mode.bits() as u8;
-        let block =
-            Block { va, page, second: 0, host: offset, marks, incoming: NONE, len, mode, alive: true };
+        let state = State::Alive;
+        let block = Block { va, page, second: 0, host: offset, marks, incoming: NONE, len, mode, state };
         self.counts.copied += 1;
         Some(self.add(block))
     }
@@ -496,18 +513,21 @@ impl Blocks {
         let before = list.len();
         list.retain(|&id| {
             let block = &mut self.blocks[id as usize];
-            if !block.alive {
+            if block.state == State::Dead {
                 return false;
+            }
+            // Code around a block, too, says which flags its exits keep: a copy has to know what has become of it.
+            if block.state == State::Template {
+                block.state = State::Alive;
+                self.templates.remove(block.place());
             }
             if !block.overlaps(page, &bytes) {
                 return true;
             }
-            block.alive = false;
+            block.state = State::Dead;
             if let Ok(entry) = self.by_key.find_entry(block.key().hash(), |&other| other == id) {
                 entry.remove();
             }
-            let place = block.place();
-            self.templates.remove(place, id);
             self.unlink(id);
             self.counts.dropped += 1;
             false

@@ -202,3 +202,24 @@ fn a_copy_is_what_a_translation_would_be() {
         assert!(last.is_none() || blocks.invalidate(page, 0..4096));
     }
 }
+
+#[test]
+fn what_was_made_before_a_change_of_the_page_is_not_copied() {
+    let mut vcpu = vcpu(|a| {
+        let mut far = a.create_label();
+        a.mov(ecx, 5)?;
+        a.cmp(ecx, 5)?;
+        a.jmp(far)?;
+        a.nops_with_size(100)?;
+        a.set_label(&mut far)?;
+        // It reads no flags, and changes all of them.
+        a.add(ecx, 1)?;
+        a.mov(eax, ecx)
+    });
+    assert_eq!(run(&mut vcpu, ALIASES[0]).2, 6);
+    // SETE CL in its place.
+    let (page, far) = (vcpu.cpu().mmu.host_page(CODE).unwrap(), 5 + 3 + 2 + 100);
+    crate::mmu::access::store(page.wrapping_add(far), &[0x0f, 0x94, 0xc1]);
+    assert!(vcpu.blocks.invalidate(page as u64, far as u32..far as u32 + 3));
+    assert_eq!(run(&mut vcpu, ALIASES[1]).2, 1);
+}

@@ -106,14 +106,12 @@ impl Templates {
         }
     }
 
-    /// The block is no more.
-    pub fn remove(&mut self, place: Place, block: u32) {
-        if self.by_place.get(&place).is_some_and(|template| template.0 == block) {
-            self.by_place.remove(&place);
-        }
+    /// The block for the place is not to be copied any more.
+    pub fn remove(&mut self, place: Place) {
+        self.by_place.remove(&place);
     }
 
-    /// No block is any more.
+    /// Nor is any other.
     pub fn clear(&mut self) {
         self.by_place.clear();
         self.bytes.clear();
