@@ -13,12 +13,12 @@ use iced_x86::{Encoder, InstructionInfoFactory};
 use super::{
     marks::Marks,
     profile::Profile,
-    templates::{Distance, Place, Template, Templates, is_movable},
+    templates::{Place, Templates, is_movable},
 };
 use crate::{
     backend::x86_64::{
         audit::audit,
-        emit::{self, Code, Emitter},
+        emit::{self, Emitter},
         thunks::{Calls, Thunks},
     },
     code_memory::CodeMemory,
@@ -26,8 +26,8 @@ use crate::{
     ir::Region,
 };
 
+mod copies;
 #[cfg(test)]
-#[path = "copy_tests.rs"]
 mod copy_tests;
 
 /// Bytes of generated code that a vCPU keeps at most.
@@ -294,7 +294,10 @@ impl Blocks {
     /// The block for the code at `va` on the page at host address `page`, if there is one.
     pub fn find(&mut self, va: u64, page: u64, mode: CodeMode) -> Option<u32> {
         self.counts.lookups += 1;
-        let key = Key { va, page, mode: mode.bits() };
+        self.existing(Key { va, page, mode: mode.bits() })
+    }
+
+    fn existing(&self, key: Key) -> Option<u32> {
         self.by_key.find(key.hash(), |&id| self.blocks[id as usize].key() == key).copied()
     }
 
@@ -373,57 +376,6 @@ impl Blocks {
         self.counts.guest_bytes += region.end.wrapping_sub(region.start);
         self.counts.host_bytes += code.bytes.len() as u64;
         Some(id)
-    }
-
-    /// A block for the code at `va` on the page at host address `page`, made of one for the same code at another address.
-    /// `None`: there is none, or no room.
-    pub fn copy(&mut self, va: u64, page: u64, mode: CodeMode) -> Option<u32> {
-        let place = Place { host: page | va & 0xfff, mode: mode.bits() };
-        let template = self.templates.find(place).filter(|_| is_movable(va))?;
-        let Block { va: from_va, host: from, marks, len, .. } = self.blocks[template.block as usize];
-        let offset = self.memory.used().next_multiple_of(16) as u32;
-        let first_link = self.links.len() as u32;
-        let by = Distance {
-            guest: va.wrapping_sub(from_va),
-            host: offset.wrapping_sub(from),
-            links: first_link - template.links.start,
-        };
-        let mut bytes = std::mem::take(&mut self.copied);
-        bytes.resize(template.len as usize, 0);
-        self.memory.read(from as usize, &mut bytes);
-        for link in &self.links[template.links.start as usize..template.links.end as usize] {
-            let [site, unresolved] = [link.site, link.unresolved].map(|at| at - from);
-            link.unlinked(site, unresolved, |at, word| {
-                bytes[at as usize..at as usize + 4].copy_from_slice(&word.to_le_bytes());
-            });
-        }
-        self.templates.relocate(&template, &mut bytes, by);
-        if self.audited {
-            self.audit_copy(&template, &bytes, offset);
-        }
-        self.push_code(va, mode, &bytes)?;
-        self.copied = bytes;
-        self.links.extend_from_within(template.links.start as usize..template.links.end as usize);
-        for link in &mut self.links[first_link as usize..] {
-            link.target = link.target.wrapping_add(by.guest);
-            link.site = link.site.wrapping_add(by.host);
-            link.unresolved = link.unresolved.wrapping_add(by.host);
-            (link.to, link.next) = (NONE, NONE);
-        }
-        let mode = mode.bits() as u8;
-        let state = State::Alive;
-        let block = Block { va, page, second: 0, host: offset, marks, incoming: NONE, len, mode, state };
-        self.counts.copied += 1;
-        Some(self.add(block))
-    }
-
-    fn audit_copy(&self, template: &Template, bytes: &[u8], offset: u32) {
-        let (links, marks, relocations) = (Vec::new(), Vec::new(), Vec::new());
-        let code = Code { bytes: bytes.to_vec(), links, marks, rounds: template.rounds.clone(), relocations };
-        let base = self.memory.rx_ptr() as u64 + u64::from(offset);
-        if let Err(what) = audit(&code, base, &self.thunks) {
-            panic!("a copy of block {}: {what}", template.block);
-        }
     }
 
     /// Puts code into the memory.

@@ -148,59 +148,78 @@ fn code_that_was_changed_is_not_copied() {
     assert_eq!(counts(&vcpu), (2, 2));
 }
 
-#[test]
-fn a_copy_is_what_a_translation_would_be() {
-    let mode =
-        CodeMode { kernel: false, x87: true, sse: true, avx: true, tsc: true, bases: true, plain: false };
+/// A store of blocks without a vCPU.
+fn store() -> Blocks {
     let calls = Calls {
         slow_access: enter::slow_access,
         slow_group: enter::slow_group,
         step: enter::step,
         interpret: Some(enter::INTERPRET),
     };
-    let mut blocks = Blocks::new(calls, Lifter::new(Box::new(|_| true), true), true).unwrap();
-    let pools = Pools::new(&Generator::default().codes);
+    Blocks::new(calls, Lifter::new(Box::new(|_| true), true), true).unwrap()
+}
+
+#[test]
+fn a_copy_is_what_a_translation_would_be() {
+    let mode = CodeMode { x87: true, sse: true, avx: true, tsc: true, bases: true, ..CodeMode::default() };
+    let (mut blocks, pools) = (store(), Pools::new(&Generator::default().codes));
     let page = 0x1000;
+    let mut copies = 0;
     for seed in 0..400 {
         let case = program(&pools, seed, 0);
-        let (mut last, mut linked) = (None, 0);
-        for n in 0..case.count {
-            let offset = usize::from(case.starts[n]);
-            if offset >= 4096 {
-                continue;
-            }
-            let lift = |blocks: &mut Blocks, higher: u64| {
-                blocks.lift(
-                    CASE + higher + offset as u64,
-                    Piece { start: CASE + higher, bytes: &case.code[..4096] },
-                    mode,
-                )
-            };
-            let Some(region) = lift(&mut blocks, ALIASES[0]) else { continue };
-            let template = blocks.translate(&region, Source { page, second: None }, mode).unwrap();
+        for offset in case.starts[..case.count].iter().map(|&at| u64::from(at)).filter(|&at| at < 4096) {
+            let bytes = &case.code[..4096];
+            let lift =
+                |blocks: &mut Blocks, at: u64| blocks.lift(at + offset, Piece { start: at, bytes }, mode);
+            let Some(region) = lift(&mut blocks, CASE + ALIASES[0]) else { continue };
+            let source = Source { page, second: None };
+            let own = blocks.links.len() as u32;
+            let template = blocks.translate(&region, source, mode).unwrap();
+            let links = blocks.links.len() as u32;
             // What was linked is not in the copy.
-            let links = linked..blocks.links.len() as u32;
-            links.for_each(|link| blocks.resolve(link, template, 7));
-            let first_link = blocks.links.len() as u32;
-            let base = blocks.memory.rx_ptr() as u64 + blocks.memory.used().next_multiple_of(16) as u64;
-            let copy = blocks.copy(region.start - ALIASES[0] + ALIASES[1], page, mode).unwrap();
-            linked = blocks.links.len() as u32;
-            last = Some(copy);
-            let region = lift(&mut blocks, ALIASES[1]).unwrap();
-            let emitter =
-                Emitter::new(base, first_link, &mut blocks.encoder, &mut blocks.info, &blocks.thunks);
+            (own..links).for_each(|link| blocks.resolve(link, template, 7));
+            let copy = blocks.copy_one(CASE + ALIASES[1] + offset, page, mode).unwrap();
+            let host = blocks.blocks[copy.block as usize].host;
+            let region = lift(&mut blocks, CASE + ALIASES[1]).unwrap();
+            let base = blocks.memory.rx_ptr() as u64 + u64::from(host);
+            let emitter = Emitter::new(base, links, &mut blocks.encoder, &mut blocks.info, &blocks.thunks);
             let code = emitter.emit(&region, true);
             let mut bytes = vec![0; code.bytes.len()];
-            blocks.memory.read((base - blocks.memory.rx_ptr() as u64) as usize, &mut bytes);
-            assert_eq!(bytes, code.bytes, "seed {seed}, instruction {n}");
-            for (link, made) in blocks.links[first_link as usize..].iter().zip(&code.links) {
-                let at = blocks.blocks[copy as usize].host;
+            blocks.memory.read(host as usize, &mut bytes);
+            assert_eq!(bytes, code.bytes, "seed {seed}, offset {offset}");
+            assert_eq!(copy.links.1.len(), code.links.len());
+            for (link, made) in blocks.links[links as usize..].iter().zip(&code.links) {
                 assert_eq!((link.target, link.ahead), (made.target, made.ahead));
-                assert_eq!([link.site - at, link.unresolved - at], [made.site, made.unresolved]);
+                assert_eq!([link.site - host, link.unresolved - host], [made.site, made.unresolved]);
             }
+            copies += 1;
         }
-        assert!(last.is_none() || blocks.invalidate(page, 0..4096));
+        blocks.invalidate(page, 0..4096);
     }
+    assert!(copies > 4000, "{copies} copies");
+}
+
+#[test]
+fn what_a_copied_block_leads_to_comes_along() {
+    let mut vcpu = vcpu(|a| {
+        for _ in 0..10 {
+            let mut next = a.create_label();
+            a.add(eax, 1)?;
+            a.jmp(next)?;
+            a.nop()?;
+            a.set_label(&mut next)?;
+            a.nop()?;
+        }
+        Ok(())
+    });
+    let dispatches = ALIASES.map(|alias| {
+        let before = vcpu.cpu().counters.dispatches;
+        run(&mut vcpu, alias);
+        vcpu.cpu().counters.dispatches - before
+    });
+    assert_eq!(dispatches, [11, 1]);
+    let (made, copied) = counts(&vcpu);
+    assert_eq!(made, copied);
 }
 
 #[test]
