@@ -13,7 +13,7 @@ use super::zeroed::{Zeroable, Zeroed};
 /// Entries of a view; a power of two.
 pub const ENTRIES: usize = 16384;
 /// Entries of a jump cache; a power of two.
-pub const JUMPS: usize = 16384;
+pub const JUMPS: usize = 4096;
 
 const PAGE: u64 = 4096;
 
