@@ -4,6 +4,8 @@
 //! instruction itself, which the backend re-encodes with its registers and its memory operand replaced. What touches
 //! the stack, leaves the region or changes the CPU's mode has operations of its own.
 
+use std::ops::Range;
+
 use iced_x86::{ConditionCode, Instruction};
 
 use crate::frontend::x86_64::ARITH;
@@ -205,6 +207,8 @@ pub struct Region {
     pub nodes: Vec<Node>,
     /// Flags that are read at the fall-through after the last operation.
     pub live_at_end: u32,
+    /// Linear addresses of the code on which it depends: its own, and what was looked at for the flags behind its exits.
+    pub seen: Range<u64>,
 }
 
 impl Region {

@@ -1,5 +1,7 @@
 //! Lifts 64-bit x86 code.
 
+use std::ops::Range;
+
 use iced_x86::{
     Code, Decoder, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory, InstructionInfoOptions,
     Mnemonic, OpAccess, OpKind, Register, RflagsBits,
@@ -99,13 +101,14 @@ impl Lifter {
         let mut decoder = Decoder::with_ip(64, piece.from(start)?, start, DecoderOptions::NONE);
         let mut nodes: Vec<Node> = Vec::with_capacity(16);
         let mut end = start;
+        let mut seen = start..start;
         while nodes.len() < most && decoder.can_decode() {
             let insn = decoder.decode();
             if insn.is_invalid() && decoder.last_error() == iced_x86::DecoderError::NoMoreBytes {
                 break;
             }
             let mut node = self.node(insn, mode);
-            node.live_at_exit = exit_liveness(&node, piece);
+            node.live_at_exit = exit_liveness(&node, piece, &mut seen);
             end = insn.next_ip();
             let op = node.op;
             nodes.push(node);
@@ -117,8 +120,9 @@ impl Lifter {
             return None;
         }
         leave_last_sti_to_tier0(&mut nodes);
-        let live_at_end = flags_read_at(end, piece);
-        let mut region = Region { start, end, nodes, live_at_end };
+        let live_at_end = flags_read_at(end, piece, &mut seen);
+        seen.end = seen.end.max(end);
+        let mut region = Region { start, end, nodes, live_at_end, seen };
         region.compute_liveness();
         Some(region)
     }
@@ -532,18 +536,27 @@ fn may_keep_flags(i: &Instruction) -> bool {
 }
 
 /// Flags that may be read at the target of a node's exit.
-fn exit_liveness(node: &Node, piece: Piece) -> u32 {
+fn exit_liveness(node: &Node, piece: Piece, seen: &mut Range<u64>) -> u32 {
     match node.op {
-        Op::Branch { target, .. } | Op::Jump { target } | Op::Call { target } => flags_read_at(target, piece),
+        Op::Branch { target, .. } | Op::Jump { target } | Op::Call { target } => {
+            flags_read_at(target, piece, seen)
+        }
         Op::JumpTo(_) | Op::CallTo(_) | Op::Return(_) | Op::Interpret => ARITH,
         _ => 0,
     }
 }
 
-/// Flags that code at linear address `at` may read before it writes them; all of them where that cannot be seen.
-fn flags_read_at(at: u64, piece: Piece) -> u32 {
+/// Flags that code at linear address `at` may read before it writes them; all of them where that cannot be seen. What is
+/// looked at becomes part of `seen`.
+fn flags_read_at(at: u64, piece: Piece, seen: &mut Range<u64>) -> u32 {
     let Some(bytes) = piece.from(at) else { return ARITH };
     let mut decoder = Decoder::with_ip(64, bytes, at, DecoderOptions::NONE);
+    let read = flags_read_by(&mut decoder);
+    *seen = seen.start.min(at)..seen.end.max(decoder.ip());
+    read
+}
+
+fn flags_read_by(decoder: &mut Decoder) -> u32 {
     let (mut read, mut open) = (0, ARITH);
     for _ in 0..LOOKAHEAD {
         let i = decoder.decode();

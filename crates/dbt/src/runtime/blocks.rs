@@ -100,7 +100,8 @@ struct Block {
     marks: u32,
     /// First of the links that lead here, or [`NONE`].
     incoming: u32,
-    /// Bytes of its guest code.
+    /// Bytes of the page before its guest code, and from there on, on which it depends.
+    before: u16,
     len: u16,
     mode: u8,
     state: State,
@@ -126,11 +127,11 @@ impl Block {
         Place { host: self.page | self.va & 0xfff, mode: self.mode.into() }
     }
 
-    /// Whether its guest code has some of these bytes of the page at host address `page`.
+    /// Whether it depends on some of these bytes of the page at host address `page`.
     fn overlaps(&self, page: u64, bytes: &std::ops::Range<u32>) -> bool {
         let start = (self.va & 0xfff) as u32;
         let end = start + u32::from(self.len);
-        (page == self.page && start < bytes.end && end > bytes.start)
+        (page == self.page && start - u32::from(self.before) < bytes.end && end > bytes.start)
             || (page == self.second && bytes.start + 4096 < end)
     }
 }
@@ -359,7 +360,8 @@ impl Blocks {
             host: offset as u32,
             marks: self.marks.push(&code.marks),
             incoming: NONE,
-            len: region.end.wrapping_sub(region.start) as u16,
+            before: (region.start - region.seen.start) as u16,
+            len: (region.seen.end - region.start) as u16,
             mode: mode.bits() as u8,
             state: State::Alive,
         };

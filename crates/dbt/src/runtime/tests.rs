@@ -252,6 +252,34 @@ fn code_that_rewrites_itself_is_noticed() {
 }
 
 #[test]
+fn code_that_comes_to_read_flags_finds_them() {
+    let (vcpu, _) = run(|a| {
+        let (mut again, mut target, mut done) = (a.create_label(), a.create_label(), a.create_label());
+        a.xor(eax, eax).unwrap();
+        a.xor(edx, edx).unwrap();
+        a.mov(ecx, 5).unwrap();
+        a.mov(ebx, 10).unwrap();
+        a.lea(rdi, ptr(target)).unwrap();
+        a.set_label(&mut again).unwrap();
+        // Nobody needs this carry as long as ADD is what comes next.
+        a.cmp(ecx, ebx).unwrap();
+        a.jne(target).unwrap();
+        a.hlt().unwrap();
+        a.set_label(&mut target).unwrap();
+        a.add(eax, edx).unwrap();
+        a.dec(ecx).unwrap();
+        a.je(done).unwrap();
+        a.cmp(ecx, 3).unwrap();
+        a.jne(again).unwrap();
+        // ADD becomes ADC.
+        a.mov(byte_ptr(rdi), 0x11).unwrap();
+        a.jmp(again).unwrap();
+        a.set_label(&mut done).unwrap();
+    });
+    assert_eq!(result(&vcpu), 3);
+}
+
+#[test]
 fn reads_that_leave_a_page_are_gathered() {
     let (vcpu, _) = run(|a| {
         a.mov(rbx, DATA + 0xffc).unwrap();

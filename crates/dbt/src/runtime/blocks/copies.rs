@@ -51,7 +51,7 @@ impl Blocks {
     pub(super) fn copy_one(&mut self, va: u64, page: u64, mode: CodeMode) -> Option<Copy> {
         let place = Place { host: page | va & 0xfff, mode: mode.bits() };
         let template = self.templates.find(place).filter(|_| is_movable(va))?;
-        let Block { va: from_va, host: from, marks, len, .. } = self.blocks[template.block as usize];
+        let Block { va: from_va, host: from, marks, before, len, .. } = self.blocks[template.block as usize];
         let host = self.memory.used().next_multiple_of(16) as u32;
         let first_link = self.links.len() as u32;
         let by = Distance {
@@ -74,9 +74,18 @@ impl Blocks {
             link.unresolved = link.unresolved.wrapping_add(by.host);
             (link.to, link.next) = (NONE, NONE);
         }
-        let state = State::Alive;
-        let (incoming, bits) = (NONE, mode.bits() as u8);
-        let block = self.add(Block { va, page, second: 0, host, marks, incoming, len, mode: bits, state });
+        let block = self.add(Block {
+            va,
+            page,
+            second: 0,
+            host,
+            marks,
+            incoming: NONE,
+            before,
+            len,
+            mode: mode.bits() as u8,
+            state: State::Alive,
+        });
         self.counts.copied += 1;
         Some(Copy { block, mode, links: (template.links, first_link..self.links.len() as u32) })
     }
