@@ -119,6 +119,12 @@ fn compare(options: &Options, seed: u64, done: &mut Done) -> Result<()> {
                 if digest == expected {
                     continue;
                 }
+                // A host that is a virtual machine itself does not always get single steps right under load: what it
+                // finds now and then is no measure.
+                if here.find_again(name, digest)? {
+                    eprintln!("{name}: this host found {expected} first, {digest} later");
+                    continue;
+                }
                 format!("{name}: the guest found {digest}, this host {expected} ({})", again(options, name))
             }
             Said::Failed { name, what } => format!("{name}: {what} ({})", again(options, name)),
