@@ -61,22 +61,21 @@ impl Emitter<'_> {
 
     /// The end of a round that another one follows. Nobody asks for flags there.
     pub(super) fn next_round(&mut self) {
-        match &mut self.round {
-            Round::First(top, further) => {
+        match (&mut self.round, self.plan.counter) {
+            (Round::First(top, further), _) => {
                 let top = *top;
                 self.asm.mem(&[], false, &[0x83], 5, block::ROUNDS); // sub dword [rounds], 1
                 self.asm.bytes(&[1]);
                 self.asm.jcc(cc::NB, top);
                 further.push(self.asm.jmp(0));
             }
-            &mut Round::Second { top, again } if self.plan.counter.is_some() => {
-                let (register, _) = self.plan.counter.expect("just seen");
+            (&mut Round::Second { top, again }, Some((register, _))) => {
                 let r = self.loaded(register, T0);
                 self.asm.mem(&[], true, &[0x3b], r, block::LAST_ROUND); // cmp r, [last]
                 self.asm.jcc(cc::NE, top);
                 self.asm.jmp(again);
             }
-            &mut (Round::Only(top) | Round::Second { top, .. }) => {
+            (&mut (Round::Only(top) | Round::Second { top, .. }), _) => {
                 self.asm.cmp_imm32(block::REQUESTS, 0);
                 self.asm.jcc(cc::E, top);
                 let branch = self.asm.jmp(0);
@@ -141,8 +140,8 @@ impl Emitter<'_> {
         }
         if !stride.stands_still() {
             // What is left is the way from the registers that change to the host address.
-            let changing = |part: Option<Part>| part.filter(|part| part.changes);
-            self.sum(T1, changing(base), changing(index), stride.scale, first);
+            let (base, index) = (base.filter(|part| part.changes), index.filter(|part| part.changes));
+            self.sum(T1, base, index, stride.scale, first);
             self.asm.regs(true, &[0x2b], T0, T1); // sub T0, T1
         }
         self.asm.store(block::group_host(stride.group), T0);
@@ -289,8 +288,8 @@ fn pins(region: &Region, plan: &Plan, strides: &[Stride]) -> Vec<(u8, u8)> {
     if !nodes.iter().enumerate().all(alone) {
         return Vec::new();
     }
-    let both = |part: Option<Part>| part.is_some_and(|part| part.changes);
-    let in_place = strides.iter().all(|stride| !(both(stride.base) && both(stride.index)));
+    let changes = |part: Option<Part>| part.is_some_and(|part| part.changes);
+    let in_place = strides.iter().all(|stride| !(changes(stride.base) && changes(stride.index)));
     let registers: &[u8] = if strides.len() <= 2 && in_place { &[T0, T1] } else { &[T1] };
     strides.iter().map(|stride| stride.group).zip(registers.iter().copied()).collect()
 }
