@@ -225,29 +225,34 @@ fn change_byte(host: *mut u8, set: u8, clear: u8) {
     }
 }
 
-/// Copies from guest RAM; aligned powers of two are single accesses, as on hardware.
+/// Copies from guest RAM; 2, 4 and 8 bytes are a single access, as on hardware: atomic where they lie in a cache line
+/// (SDM volume 3, 9.1.1).
 pub(crate) fn load(host: *const u8, buf: &mut [u8]) {
     let aligned = (host as usize).is_multiple_of(buf.len().max(1));
+    let at = host.cast_mut();
     // SAFETY: the caller has translated `buf.len()` bytes of mapped guest RAM at `host`. Other CPUs may write there at
     // the same time: single accesses are atomic; for the rest the guest gets what the race gives, as on hardware.
     unsafe {
-        match buf.len() {
-            1 => buf[0] = AtomicU8::from_ptr(host.cast_mut()).load(Ordering::Acquire),
-            2 if aligned => buf.copy_from_slice(
-                &AtomicU16::from_ptr(host.cast_mut().cast()).load(Ordering::Acquire).to_le_bytes(),
-            ),
-            4 if aligned => buf.copy_from_slice(
-                &AtomicU32::from_ptr(host.cast_mut().cast()).load(Ordering::Acquire).to_le_bytes(),
-            ),
-            8 if aligned => buf.copy_from_slice(
-                &AtomicU64::from_ptr(host.cast_mut().cast()).load(Ordering::Acquire).to_le_bytes(),
-            ),
+        match (buf.len(), aligned) {
+            (1, _) => buf[0] = AtomicU8::from_ptr(at).load(Ordering::Acquire),
+            (2, true) => {
+                buf.copy_from_slice(&AtomicU16::from_ptr(at.cast()).load(Ordering::Acquire).to_le_bytes())
+            }
+            (4, true) => {
+                buf.copy_from_slice(&AtomicU32::from_ptr(at.cast()).load(Ordering::Acquire).to_le_bytes())
+            }
+            (8, true) => {
+                buf.copy_from_slice(&AtomicU64::from_ptr(at.cast()).load(Ordering::Acquire).to_le_bytes())
+            }
+            (2, false) => buf.copy_from_slice(&host.cast::<u16>().read_unaligned().to_le_bytes()),
+            (4, false) => buf.copy_from_slice(&host.cast::<u32>().read_unaligned().to_le_bytes()),
+            (8, false) => buf.copy_from_slice(&host.cast::<u64>().read_unaligned().to_le_bytes()),
             _ => std::ptr::copy_nonoverlapping(host, buf.as_mut_ptr(), buf.len()),
         }
     }
 }
 
-/// Copies to guest RAM; aligned powers of two are single accesses, as on hardware.
+/// Copies to guest RAM, as [`load`] does from there.
 pub(crate) fn store(host: *mut u8, bytes: &[u8]) {
     let aligned = (host as usize).is_multiple_of(bytes.len().max(1));
     // SAFETY: as in `load`; the caller has translated for writing.
@@ -262,6 +267,11 @@ pub(crate) fn store(host: *mut u8, bytes: &[u8]) {
             }
             [a, b, c, d, e, f, g, h] if aligned => AtomicU64::from_ptr(host.cast())
                 .store(u64::from_le_bytes([a, b, c, d, e, f, g, h]), Ordering::Release),
+            [a, b] => host.cast::<u16>().write_unaligned(u16::from_le_bytes([a, b])),
+            [a, b, c, d] => host.cast::<u32>().write_unaligned(u32::from_le_bytes([a, b, c, d])),
+            [a, b, c, d, e, f, g, h] => {
+                host.cast::<u64>().write_unaligned(u64::from_le_bytes([a, b, c, d, e, f, g, h]))
+            }
             _ => std::ptr::copy_nonoverlapping(bytes.as_ptr(), host, bytes.len()),
         }
     }
