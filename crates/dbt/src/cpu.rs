@@ -43,6 +43,8 @@ pub mod request {
     pub const LOG: u32 = 1 << 7;
     /// Another vCPU ends HLT.
     pub const UNHALT: u32 = 1 << 8;
+    /// Another vCPU is alone: nothing is to be executed as long as this is set.
+    pub const STAND_STILL: u32 = 1 << 9;
 }
 
 /// The part of a vCPU that other threads reach.

@@ -2,21 +2,21 @@
 
 use std::arch::asm;
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex};
 use std::thread;
 
 use ruse_cases::random::Random;
 
 use crate::digest::Digest;
-use crate::memory::{Mapping, PAGE, RW};
+use crate::memory::{Mapping, PAGE, RW, RWX};
 
 /// Threads.
 const THREADS: u64 = 3;
 
 /// Runs some of the ways of sharing one after the other.
 pub fn run(random: &mut Random) -> u64 {
-    let ways: [fn(&mut Random) -> u64; 5] = [mutex, queue, sequence, atomics, pairs];
+    let ways: [fn(&mut Random) -> u64; 6] = [mutex, queue, sequence, atomics, parts, pairs];
     let mut sum = Digest::default();
     for _ in 0..4 {
         let way = random.pick(&ways);
@@ -137,6 +137,63 @@ fn atomics(random: &mut Random) -> u64 {
     let bits = 0xff << 56 | 1 << 60 | 0x4000000 << 32;
     assert_eq!(found & !bits, THREADS * times * 11, "a counter of all threads");
     found & !bits
+}
+
+/// How often a counter over the end of a line or page counts.
+const COUNTS: u64 = 200;
+
+/// A counter over the end of a cache line or of a page, beside locked counters and plain stores in single bytes of it.
+fn parts(random: &mut Random) -> u64 {
+    const RET: u8 = 0xc3;
+    let end = if random.below(3) == 0 { 64 } else { PAGE };
+    let offset = end - 1 - random.below(7) as usize;
+    // What is written to a page with code on it goes another way.
+    let code = random.below(2) == 0;
+    let memory = Mapping::new(2 * PAGE, if code { RWX } else { RW });
+    let function = memory.start().wrapping_add(PAGE - 64);
+    // SAFETY: the byte lies in the mapping, of which only this thread knows yet.
+    unsafe { function.write(RET) };
+    let (function, at) = (function as u64, memory.start().wrapping_add(offset) as u64);
+    let done = AtomicBool::new(false);
+    let [first, last]: [AtomicU64; 2] = Default::default();
+    // SAFETY: the function returns at once. Other bytes than a thread's own change only as parts of the counter.
+    all(|thread| unsafe {
+        match thread {
+            0 => {
+                for _ in 0..COUNTS {
+                    if code {
+                        asm!("call {}", in(reg) function, clobber_abi("C"));
+                    }
+                    asm!("lock add qword ptr [{}], 0x10000", in(reg) at);
+                }
+                done.store(true, Ordering::Release);
+            }
+            1 => {
+                let rounds = rounds_until(&done, |_| asm!("lock inc byte ptr [{}]", in(reg) at));
+                first.store(rounds & 0xff, Ordering::Relaxed);
+            }
+            _ => {
+                let rounds = rounds_until(&done, |round| {
+                    let found: u8;
+                    asm!("mov {}, [{} + 1]", out(reg_byte) found, in(reg) at);
+                    assert_eq!(found, round as u8, "a byte that one thread alone stores to");
+                    asm!("mov [{} + 1], {}", in(reg) at, in(reg_byte) found.wrapping_add(1));
+                    asm!("lock inc byte ptr [{} + 7]", in(reg) at);
+                });
+                last.store(rounds & 0xff, Ordering::Relaxed);
+            }
+        }
+    });
+    // SAFETY: no thread uses it any more.
+    let found = unsafe { (at as *const u64).read_unaligned() };
+    assert_eq!((found & 0xff, found >> 56), (first.into_inner(), last.into_inner()), "parts of a counter");
+    assert_eq!(found << 8 >> 24, COUNTS, "a counter over the end of a line or page");
+    offset as u64
+}
+
+/// Repeats something, with the number of the round, until others are done; gives how often.
+fn rounds_until(done: &AtomicBool, mut work: impl FnMut(u64)) -> u64 {
+    (0..).take_while(|_| !done.load(Ordering::Acquire)).inspect(|&round| work(round)).count() as u64
 }
 
 /// Two numbers that are changed at once.

@@ -2,6 +2,7 @@
 //! flushes as the guest asks for them.
 
 pub mod access;
+mod alone;
 mod log;
 #[cfg(test)]
 mod read_only_tests;

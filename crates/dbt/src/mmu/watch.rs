@@ -46,6 +46,8 @@ pub struct Peer {
     running: AtomicU32,
     /// Guest instructions are being executed, by any tier.
     inside: AtomicBool,
+    /// It stands still in the middle of an instruction, or before one.
+    pub(super) still: AtomicBool,
     wake: Box<dyn Fn() + Send + Sync>,
 }
 
@@ -70,9 +72,21 @@ impl Peer {
     pub(super) fn request(&self, bits: u32) {
         self.arena.shared.raise(bits);
     }
+    /// Takes back what was asked for.
+    pub(super) fn withdraw(&self, bits: u32) {
+        self.arena.shared.take(bits);
+    }
+    /// What is asked of it.
+    pub(super) fn requests(&self) -> u32 {
+        self.arena.shared.requests.load(Ordering::SeqCst)
+    }
+    /// Whether it may execute guest instructions now.
+    pub(super) fn is_inside(&self) -> bool {
+        self.inside.load(Ordering::SeqCst)
+    }
     /// Whether the vCPU has seen these requests, or will before its next instruction.
     pub(super) fn has_seen(&self, bits: u32) -> bool {
-        !self.inside.load(Ordering::SeqCst) || self.arena.shared.requests.load(Ordering::SeqCst) & bits == 0
+        !self.is_inside() || self.requests() & bits == 0
     }
     /// Raises requests and gets the vCPU out of a wait.
     pub fn wake_with(&self, bits: u32) {
@@ -137,6 +151,7 @@ impl CodeMap {
             notes: Mutex::default(),
             running: AtomicU32::new(0),
             inside: AtomicBool::new(false),
+            still: AtomicBool::new(false),
             wake,
         });
         let mut peers = self.peers.write().unwrap_or_else(PoisonError::into_inner);
@@ -184,12 +199,19 @@ impl CodeMap {
             tracker.watch(offset);
         }
         fence(Ordering::SeqCst);
-        let others = page.writers.load(Ordering::SeqCst) & !(1 << id);
-        for peer in self.peers_in(others) {
-            peer.post(Note::Guard(gpa & !(PAGE_SIZE - 1)));
-            while !peer.is_done() {
-                std::hint::spin_loop();
+        let others = self.peers_in(page.writers.load(Ordering::SeqCst) & !(1 << id));
+        let guard = || {
+            for peer in &others {
+                peer.post(Note::Guard(gpa & !(PAGE_SIZE - 1)));
+                while !peer.is_done() {
+                    std::hint::spin_loop();
+                }
             }
+        };
+        match self.peer(id) {
+            // One of them may wait for this vCPU to stand still.
+            Some(this) if !others.is_empty() => this.stand_still(guard),
+            _ => guard(),
         }
     }
 

@@ -19,7 +19,11 @@ const PUBLISHED: u64 = DATA;
 /// How often the code that is written was about to be executed.
 const CALLS: u64 = DATA + 0x1000;
 
-fn assemble(at: u64, program: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>) -> Vec<u8> {
+/// The code of a program at an address.
+pub(super) fn assemble(
+    at: u64,
+    program: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>,
+) -> Vec<u8> {
     let mut a = CodeAssembler::new(64).unwrap();
     program(&mut a).unwrap();
     a.assemble(at).unwrap()
@@ -107,7 +111,7 @@ fn straight_executor(versions: u32) -> (Vec<u8>, u64) {
 }
 
 /// The second vCPU of a machine, in the same state.
-fn second_cpu(machine: &mut Machine) -> CpuBox {
+pub(super) fn second_cpu(machine: &mut Machine) -> CpuBox {
     let mmu = Mmu::new(machine.ram.clone(), machine.cpu.mmu.code.clone(), 1);
     let mut cpu = CpuBox::new(1, machine.cpu.cpuid.clone(), machine.cpu.clock.clone(), mmu);
     cpu.load_state(&machine.cpu.save_state());

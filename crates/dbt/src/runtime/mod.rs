@@ -9,6 +9,8 @@ mod enter;
 mod fault;
 #[cfg(test)]
 mod isolation_tests;
+#[cfg(test)]
+mod lock_tests;
 mod marks;
 mod mode;
 mod packed;

@@ -171,7 +171,8 @@ impl DbtVcpu {
         if shared.requests.load(std::sync::atomic::Ordering::SeqCst) == 0 {
             return None;
         }
-        let bits = shared.take(!request::KICK);
+        self.peer.stand_still(|| ());
+        let bits = shared.take(!(request::KICK | request::STAND_STILL));
         if bits & request::LOG != 0 {
             self.cpu.mmu.drop_all_writers();
         }

@@ -83,7 +83,7 @@ impl Cpu {
     ) -> Result<u64, Exception> {
         let la = self.wrap(la);
         if la % 4096 + size as u64 > 4096 {
-            return self.modify_parts(la, size, f);
+            return self.modify_parts(la, size, lock, f);
         }
         debug::note(self, la, size, debug::Watch::Write, Who::Current);
         match self.place(la, size, Access::Write, Who::Current)? {
@@ -92,7 +92,7 @@ impl Cpu {
                 self.ram_written(host, size);
                 Ok(old)
             }
-            _ => self.modify_parts(la, size, f),
+            _ => self.modify_parts(la, size, lock, f),
         }
     }
 
@@ -102,9 +102,10 @@ impl Cpu {
         &mut self,
         la: u64,
         size: usize,
+        lock: bool,
         mut f: impl FnMut(u64) -> u64,
     ) -> Result<u64, Exception> {
-        let _alone = atomic::exclusive();
+        let _alone = lock.then(|| self.mmu.code.alone(self.id));
         self.probe_linear(la, size, Access::Write, Who::Current)?;
         let old = self.read_value(la, size, Who::Current)?;
         self.write_value(la, f(old) & mask(size), size, Who::Current)?;

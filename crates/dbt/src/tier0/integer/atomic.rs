@@ -1,17 +1,6 @@
 //! Locked changes of guest RAM: atomic against the other vCPUs, whichever executor runs them, and against devices.
 
-use std::sync::{
-    Mutex, MutexGuard, PoisonError,
-    atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering},
-};
-
-/// What cannot be done in one access of the host is done by one vCPU at a time.
-static PARTS: Mutex<()> = Mutex::new(());
-
-/// Keeps other locked accesses in parts away.
-pub fn exclusive() -> MutexGuard<'static, ()> {
-    PARTS.lock().unwrap_or_else(PoisonError::into_inner)
-}
+use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 
 /// Whether `size` bytes at `host` can be changed by one locked access. Not those that leave a cache line: the host may
 /// fault on a split lock.

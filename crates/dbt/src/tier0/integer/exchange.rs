@@ -136,7 +136,7 @@ fn exchange16_parts(
     expected: u128,
     new: u128,
 ) -> Result<Result<(), u128>, Exception> {
-    let _alone = atomic::exclusive();
+    let _alone = cpu.mmu.code.alone(cpu.id);
     let mut buf = [0; 16];
     cpu.read_linear(la, &mut buf, Who::Current)?;
     let old = u128::from_le_bytes(buf);
