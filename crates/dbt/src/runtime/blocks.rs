@@ -104,18 +104,8 @@ struct Block {
     before: u16,
     len: u16,
     mode: u8,
-    state: State,
-}
-
-/// What may be done with a block.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum State {
-    /// Nothing: its code was written.
-    Dead,
-    /// It may be executed.
-    Alive,
-    /// It may be executed, and copied for other addresses.
-    Template,
+    /// What it depends on was not written.
+    alive: bool,
 }
 
 impl Block {
@@ -363,14 +353,13 @@ impl Blocks {
             before: (region.start - region.seen.start) as u16,
             len: (region.seen.end - region.start) as u16,
             mode: mode.bits() as u8,
-            state: State::Alive,
+            alive: true,
         };
         let place = block.place();
         let id = self.add(block);
         // A copy would have to see where the second page is.
         if source.second.is_none() && is_movable(region.start) {
             self.templates.add(place, id, first_link, &code);
-            self.blocks[id as usize].state = State::Template;
         }
         self.counts.made += 1;
         self.counts.plain += u64::from(mode.plain);
@@ -467,18 +456,15 @@ impl Blocks {
         let before = list.len();
         list.retain(|&id| {
             let block = &mut self.blocks[id as usize];
-            if block.state == State::Dead {
+            if !block.alive {
                 return false;
-            }
-            // Code around a block, too, says which flags its exits keep: a copy has to know what has become of it.
-            if block.state == State::Template {
-                block.state = State::Alive;
-                self.templates.remove(block.place());
             }
             if !block.overlaps(page, &bytes) {
                 return true;
             }
-            block.state = State::Dead;
+            block.alive = false;
+            // What was copied of it, or it of, depends on the same bytes.
+            self.templates.remove(block.place());
             if let Ok(entry) = self.by_key.find_entry(block.key().hash(), |&other| other == id) {
                 entry.remove();
             }

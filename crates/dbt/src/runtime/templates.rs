@@ -106,7 +106,7 @@ impl Templates {
         }
     }
 
-    /// The block for the place is not to be copied any more.
+    /// No block is to be copied for the place any more.
     pub fn remove(&mut self, place: Place) {
         self.by_place.remove(&place);
     }

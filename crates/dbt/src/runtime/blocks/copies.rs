@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::{Block, Blocks, Key, NONE, State};
+use super::{Block, Blocks, Key, NONE};
 use crate::{
     backend::x86_64::{audit::audit, emit::Code},
     frontend::x86_64::CodeMode,
@@ -84,7 +84,7 @@ impl Blocks {
             before,
             len,
             mode: mode.bits() as u8,
-            state: State::Alive,
+            alive: true,
         });
         self.counts.copied += 1;
         Some(Copy { block, mode, links: (template.links, first_link..self.links.len() as u32) })

@@ -222,23 +222,48 @@ fn what_a_copied_block_leads_to_comes_along() {
     assert_eq!(made, copied);
 }
 
-#[test]
-fn what_was_made_before_a_change_of_the_page_is_not_copied() {
+/// A vCPU that has run a program of two blocks. The second one reads no flags, and changes all of them.
+fn two_blocks() -> DbtVcpu {
     let mut vcpu = vcpu(|a| {
         let mut far = a.create_label();
         a.mov(ecx, 5)?;
         a.cmp(ecx, 5)?;
         a.jmp(far)?;
-        a.nops_with_size(100)?;
+        a.nops_with_size(BETWEEN)?;
         a.set_label(&mut far)?;
-        // It reads no flags, and changes all of them.
         a.add(ecx, 1)?;
         a.mov(eax, ecx)
     });
     assert_eq!(run(&mut vcpu, ALIASES[0]).2, 6);
-    // SETE CL in its place.
-    let (page, far) = (vcpu.cpu().mmu.host_page(CODE).unwrap(), 5 + 3 + 2 + 100);
-    crate::mmu::access::store(page.wrapping_add(far), &[0x0f, 0x94, 0xc1]);
-    assert!(vcpu.blocks.invalidate(page as u64, far as u32..far as u32 + 3));
+    vcpu
+}
+
+/// Offset of the second block, and bytes between the two.
+const FAR: usize = 5 + 3 + 2 + BETWEEN;
+const BETWEEN: usize = 100;
+
+/// Changes code. Says whether blocks were dropped for it.
+fn change(vcpu: &mut DbtVcpu, offset: usize, code: &[u8]) -> bool {
+    let page = vcpu.cpu().mmu.host_page(CODE).unwrap();
+    crate::mmu::access::store(page.wrapping_add(offset), code);
+    vcpu.blocks.invalidate(page as u64, offset as u32..(offset + code.len()) as u32)
+}
+
+#[test]
+fn what_was_made_before_a_change_of_what_it_depends_on_is_not_copied() {
+    let mut vcpu = two_blocks();
+    // SETE CL.
+    assert!(change(&mut vcpu, FAR, &[0x0f, 0x94, 0xc1]));
     assert_eq!(run(&mut vcpu, ALIASES[1]).2, 1);
+    assert_eq!(counts(&vcpu).1, 0);
+}
+
+#[test]
+fn a_change_elsewhere_on_the_page_leaves_blocks_to_be_copied() {
+    let mut vcpu = two_blocks();
+    let (made, _) = counts(&vcpu);
+    // Farther behind the second block than is looked at for flags.
+    assert!(!change(&mut vcpu, FAR + 300, &[0xcc]));
+    assert_eq!(run(&mut vcpu, ALIASES[1]).2, 6);
+    assert_eq!(counts(&vcpu), (made, made));
 }
