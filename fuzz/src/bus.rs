@@ -1,19 +1,17 @@
 //! A machine around a vCPU that answers anything and checks what it is asked.
 
-use std::sync::Arc;
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use ruse_arch::paging::PHYS_BITS;
 use ruse_engine::{Bus, MsrFault, VcpuHandle};
 use ruse_memory::GuestRam;
-
-use crate::input::Random;
+use ruse_random::Random;
 
 /// The machine. Its answers depend only on the seed and on what it was asked before.
 pub(crate) struct FuzzBus {
     ram: GuestRam,
-    random: AtomicU64,
+    random: Mutex<Random>,
     /// Questions for an interrupt that are left until the vCPU is stopped.
     turns: AtomicU64,
     handle: OnceLock<Arc<dyn VcpuHandle>>,
@@ -23,7 +21,7 @@ impl FuzzBus {
     pub(crate) fn new(ram: GuestRam, seed: u64) -> Self {
         Self {
             ram,
-            random: AtomicU64::new(seed | 1),
+            random: Mutex::new(Random::new(seed)),
             turns: AtomicU64::new(u64::MAX),
             handle: OnceLock::new(),
         }
@@ -36,13 +34,7 @@ impl FuzzBus {
     }
 
     fn next(&self) -> u64 {
-        // Only one vCPU asks: nothing is lost between the load and the store.
-        let mut x = self.random.load(Ordering::Relaxed);
-        x ^= x << 13;
-        x ^= x >> 7;
-        x ^= x << 17;
-        self.random.store(x, Ordering::Relaxed);
-        x
+        self.random.lock().expect("nothing panics with it").word()
     }
 
     fn check_memory(&self, gpa: u64, width: usize) {
@@ -71,9 +63,7 @@ impl Bus for FuzzBus {
     fn mmio_read(&self, _: u32, gpa: u64, data: &mut [u8]) {
         self.check_memory(gpa, data.len());
         // The same each time, for code may be fetched here.
-        let mut at = Random::new(gpa);
-        at.next();
-        at.fill(data);
+        Random::new(gpa).fill(data);
     }
     fn mmio_write(&self, _: u32, gpa: u64, data: &[u8]) {
         self.check_memory(gpa, data.len());

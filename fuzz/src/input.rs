@@ -77,33 +77,3 @@ fn change(u: &mut Unstructured, file: &mut Vec<u8>) {
         }
     }
 }
-
-/// Pseudo-random numbers for what an input need not spell out (xorshift64*).
-pub(crate) struct Random(u64);
-
-impl Random {
-    /// A sequence of its own for each seed.
-    pub(crate) fn new(seed: u64) -> Self {
-        Self(seed ^ 0x9e37_79b9_7f4a_7c15 | 1)
-    }
-
-    /// The next number.
-    pub(crate) fn next(&mut self) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
-    }
-
-    /// One of the numbers below `end`.
-    pub(crate) fn below(&mut self, end: u64) -> u64 {
-        self.next() % end
-    }
-
-    /// Fills bytes.
-    pub(crate) fn fill(&mut self, bytes: &mut [u8]) {
-        for part in bytes.chunks_mut(8) {
-            part.copy_from_slice(&self.next().to_le_bytes()[..part.len()]);
-        }
-    }
-}

@@ -6,9 +6,10 @@ use ruse_arch::flags::{cr0, cr4, efer, rflags};
 use ruse_arch::state::{reg, seg};
 use ruse_arch::{DescriptorTable, Segment, VcpuState};
 use ruse_memory::{GuestRam, PAGE_SIZE};
+use ruse_random::Random;
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::input::{Random, byte, number, one_in, pick};
+use crate::input::{byte, number, one_in, pick};
 
 /// Pages of RAM.
 const PAGES: u64 = 24;
@@ -194,16 +195,16 @@ fn control_registers(u: &mut Unstructured, s: &mut VcpuState, mode: Mode) {
 
 fn vector_state(u: &mut Unstructured, s: &mut VcpuState) {
     let mut random = Random::new(u.arbitrary().unwrap_or(0));
-    s.fpu.ymm = std::array::from_fn(|_| std::array::from_fn(|_| random.next()));
+    s.fpu.ymm = std::array::from_fn(|_| std::array::from_fn(|_| random.word()));
     s.fpu.st.iter_mut().for_each(|st| random.fill(st));
     s.fpu.mxcsr = if one_in(u, 4) { number(u) as u32 & 0xffff } else { 0x1f80 };
     s.fpu.fcw = if one_in(u, 4) { number(u) as u16 & 0x1f3f | 0x40 } else { 0x37f };
-    s.fpu.fsw = random.next() as u16 & 0x7f7f;
+    s.fpu.fsw = random.word() as u16 & 0x7f7f;
     if s.fpu.fsw & !s.fpu.fcw & 0x3f != 0 {
         // An exception that is not masked waits.
         s.fpu.fsw |= 0x8080;
     }
-    s.fpu.ftw = random.next() as u8;
+    s.fpu.ftw = random.word() as u8;
 }
 
 fn flat(selector: u16, attr: u16) -> Segment {
@@ -292,7 +293,7 @@ impl Image {
             let entries = if random.below(2) == 0 { 32 } else { 512 };
             let entry = at(random.below(page::STACK)) + 8 * random.below(entries);
             let value = match random.below(3) {
-                0 => random.next(),
+                0 => random.word(),
                 1 => at(random.below(PAGES + 4)) | random.below(0x1000),
                 _ => 0,
             };

@@ -2,6 +2,7 @@
 //! elsewhere.
 
 use ruse_fuzz::{TARGETS, Target};
+use ruse_random::Random;
 
 /// A number from the environment.
 fn setting(name: &str) -> Option<u64> {
@@ -9,21 +10,15 @@ fn setting(name: &str) -> Option<u64> {
     Some(text.parse().unwrap_or_else(|_| panic!("{name}={text}: expected a number")))
 }
 
-/// Inputs from a generator that needs no seed from outside, so that a failure repeats (splitmix64).
+/// Inputs from a generator that needs no seed from outside, so that a failure repeats.
 fn random_inputs(target: &Target) -> impl Iterator<Item = Vec<u8>> {
-    let mut state = setting("RUSE_FUZZ_SEED").unwrap_or(0);
-    let mut next = move || {
-        state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = state;
-        z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ z >> 31
-    };
+    let mut random = Random::new(setting("RUSE_FUZZ_SEED").unwrap_or(0));
     let len = target.len as u64;
     let cases = setting("RUSE_FUZZ_CASES").unwrap_or(target.cases.into());
     (0..cases).map(move |_| {
-        let len = len / 4 + next() % (2 * len);
-        (0..len).map(|_| next() as u8).collect()
+        let mut input = vec![0; (len / 4 + random.below(2 * len)) as usize];
+        random.fill(&mut input);
+        input
     })
 }
 

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use ruse_cases::random::Random;
+use ruse_random::Random;
 
 use crate::programs::{KINDS, Kind};
 

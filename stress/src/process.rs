@@ -4,7 +4,7 @@ use std::io;
 use std::panic::{self, AssertUnwindSafe};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use ruse_cases::random::Random;
+use ruse_random::Random;
 
 use crate::memory::Shared;
 use crate::name::Name;

@@ -2,7 +2,7 @@
 
 use iced_x86::{Decoder, DecoderOptions, Instruction};
 
-use crate::random::Random;
+use ruse_random::Random;
 
 /// Where the data lies, in the guest and on the host. The pages around it are not mapped.
 pub const WINDOW: u64 = 0x1000_0000;

@@ -5,12 +5,12 @@ use std::ops::RangeInclusive;
 use iced_x86::{
     Code, CpuidFeature, Encoder, EncodingKind, FlowControl, Instruction, Mnemonic, OpCodeOperandKind as Kind,
 };
+use ruse_random::Random;
 
 use crate::{
     case::{CODE, CODE_BYTES, Case, MOST, State},
     flow::{flags, undefined_after},
     operands::{instruction, near_data, place},
-    random::Random,
 };
 
 /// Each instruction of a plain sequence begins at a multiple of this.

@@ -4,6 +4,7 @@ use iced_x86::{
     Code, Encoder, Instruction, InstructionInfoFactory, MemoryOperand, OpAccess, OpKind, Register,
     RepPrefixKind,
 };
+use ruse_random::Random;
 
 use crate::{
     case::{CODE, GS_BASE},
@@ -11,7 +12,6 @@ use crate::{
     operands::{instruction, nth, place},
     pools::Pools,
     program::{ITEMS, Patch, Program, RSP, Roles},
-    random::Random,
 };
 
 const RCX: u64 = 1;

@@ -12,5 +12,4 @@ pub mod native;
 mod operands;
 pub mod pools;
 pub mod program;
-pub mod random;
 mod sweeps;

@@ -1,11 +1,9 @@
 //! Operands for an instruction form.
 
 use iced_x86::{Code, Instruction, OpCodeOperandKind as Kind, OpKind, Register};
+use ruse_random::Random;
 
-use crate::{
-    case::{WINDOW, WINDOW_BYTES},
-    random::Random,
-};
+use crate::case::{WINDOW, WINDOW_BYTES};
 
 /// A register of a family by number.
 pub fn nth(family: Register, n: u64) -> Register {

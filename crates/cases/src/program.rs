@@ -2,6 +2,8 @@
 
 use iced_x86::{BlockEncoder, BlockEncoderOptions, Code, Instruction, InstructionBlock, OpKind};
 
+use ruse_random::Random;
+
 use crate::{
     case::{CODE, CODE_BYTES, Case, MOST, State, WINDOW, WINDOW_BYTES},
     flow::Flow,
@@ -9,7 +11,6 @@ use crate::{
     items::Builder,
     operands::place,
     pools::Pools,
-    random::Random,
 };
 
 /// Stands for the address of item `n` of a program that has no place yet.

@@ -2,22 +2,11 @@
 
 use std::fmt::Debug;
 
+use ruse_random::Random;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::{Access, Device, Effects};
-
-/// xorshift64*.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
-    }
-}
 
 /// How the suite treats a device.
 struct Subject<D, S> {
@@ -37,20 +26,20 @@ fn step(
     len: u64,
     device: &mut dyn Device,
 ) -> (Vec<u8>, Effects, Option<u64>) {
-    let r = random.next();
+    let r = random.word();
     *now = now.saturating_add(match r & 0x3ff {
-        0 => random.next() >> 8,
-        1..=0x0f => random.next() % 10_000_000_000,
-        _ => random.next() % 100_000,
+        0 => random.word() >> 8,
+        1..=0x0f => random.word() % 10_000_000_000,
+        _ => random.word() % 100_000,
     });
     let offset = match r >> 10 & 0xf {
-        0 => random.next(),
-        1 => len.wrapping_sub(4).wrapping_add(random.next() % 8),
-        2 => u64::MAX - random.next() % 8,
-        _ => random.next() % len,
+        0 => random.word(),
+        1 => len.wrapping_sub(4).wrapping_add(random.word() % 8),
+        2 => u64::MAX - random.word() % 8,
+        _ => random.word() % len,
     };
     let width = 1usize << (r >> 14 & 3);
-    let mut data = random.next().to_le_bytes();
+    let mut data = random.word().to_le_bytes();
     if r >> 16 & 1 == 0 {
         // Small values reach more registers and modes.
         data[0] &= 0x1f;
@@ -66,7 +55,7 @@ fn step(
 }
 
 fn suite<D: Device, S: Clone + Debug + PartialEq + Serialize + DeserializeOwned>(subject: &Subject<D, S>) {
-    let mut random = Random(0x5eed_5eed_5eed_5eed);
+    let mut random = Random::new(0);
     let mut now = 0;
     let mut device = (subject.make)();
     let initial = (subject.volatile)((subject.state)(&device));
@@ -96,8 +85,8 @@ fn saved_is_restored<D: Device, S: Clone + Debug + PartialEq + Serialize + Deser
     let mut other = (subject.make)();
     (subject.restore)(&mut other, &read);
     assert_eq!((subject.state)(&other), saved, "restored");
-    let (seed, mut now, mut other_now) = (random.next() | 1, now, now);
-    let (mut a, mut b) = (Random(seed), Random(seed));
+    let (seed, mut now, mut other_now) = (random.word() | 1, now, now);
+    let (mut a, mut b) = (Random::new(seed), Random::new(seed));
     for _ in 0..20 {
         let (data, effects, deadline) = step(&mut a, &mut now, subject.len, device);
         let (other_data, other_effects, other_deadline) =

@@ -4,6 +4,7 @@ use crate::test_images::{BZIMAGE_CODE, bzimage, elf64, multiboot_elf32, multiboo
 use ruse_arch::flags::{cr0, efer};
 use ruse_arch::state::reg;
 use ruse_memory::GuestRam;
+use ruse_random::Random;
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::bytes::{u32_at, u64_at};
@@ -230,19 +231,13 @@ fn hostile_headers_are_errors_or_load() {
 #[test]
 fn random_damage_does_no_harm() {
     let ram = ram(32);
-    let mut seed = 0x9e37_79b9_7f4a_7c15u64;
-    let mut random = move || {
-        seed ^= seed << 13;
-        seed ^= seed >> 7;
-        seed ^= seed << 17;
-        seed
-    };
+    let mut random = Random::new(0);
     for (_, image) in test_images::all() {
         for _ in 0..2000 {
             let mut bad = image.clone();
-            for _ in 0..=random() % 6 {
-                let at = random() as usize % bad.len();
-                bad[at] = random() as u8;
+            for _ in 0..=random.below(6) {
+                let at = random.below(bad.len() as u64) as usize;
+                bad[at] = random.word() as u8;
             }
             for entry in [EntryChoice::Auto, EntryChoice::Linux64, EntryChoice::Multiboot] {
                 let _ = run(bad.clone(), entry, &[], &ram);

@@ -8,7 +8,7 @@ use ruse_cases::generate::Generator;
 use ruse_cases::native::Native;
 use ruse_cases::pools::Pools;
 use ruse_cases::program::program;
-use ruse_cases::random::Random;
+use ruse_random::Random;
 
 use crate::digest::Digest;
 

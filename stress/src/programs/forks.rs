@@ -5,7 +5,7 @@ use std::io::{PipeReader, PipeWriter, Read, Write, pipe};
 use std::os::unix::process::CommandExt;
 use std::process::{Command, ExitCode, Stdio};
 
-use ruse_cases::random::Random;
+use ruse_random::Random;
 
 use crate::digest::Digest;
 use crate::memory::{Mapping, PAGE, RW};

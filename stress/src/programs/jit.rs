@@ -1,6 +1,6 @@
 //! A compiler at run time: functions are written, called, patched, thrown away and written again.
 
-use ruse_cases::random::Random;
+use ruse_random::Random;
 
 use crate::digest::Digest;
 use crate::fault;

@@ -4,7 +4,7 @@ use std::arch::asm;
 use std::sync::atomic::{AtomicU64, Ordering, fence};
 use std::thread;
 
-use ruse_cases::random::Random;
+use ruse_random::Random;
 
 /// Pairs of variables, one after the other; each is used once.
 const PLACES: usize = 6000;

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex};
 use std::thread;
 
-use ruse_cases::random::Random;
+use ruse_random::Random;
 
 use crate::digest::Digest;
 use crate::memory::{Mapping, PAGE, RW, RWX};

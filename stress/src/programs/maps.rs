@@ -8,7 +8,7 @@ use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 
-use ruse_cases::random::Random;
+use ruse_random::Random;
 
 use crate::digest::Digest;
 use crate::fault::{self, Access};

@@ -9,7 +9,7 @@ mod maps;
 mod patch;
 mod signals;
 
-use ruse_cases::random::Random;
+use ruse_random::Random;
 
 pub use code::prepare;
 pub use forks::{EXECUTED, executed};

@@ -5,7 +5,7 @@ use std::arch::x86_64::__cpuid;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 
-use ruse_cases::random::Random;
+use ruse_random::Random;
 
 use crate::fault;
 use crate::memory::{File, Mapping, PAGE, RW, RWX, RX};

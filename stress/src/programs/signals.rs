@@ -7,7 +7,7 @@ mod handlers;
 use std::arch::naked_asm;
 use std::mem::offset_of;
 
-use ruse_cases::random::Random;
+use ruse_random::Random;
 
 use crate::memory::{Mapping, NONE, PAGE, R, RW, RX};
 

@@ -3,34 +3,9 @@
 
 use std::collections::BTreeMap;
 
+use ruse_random::Random;
+
 use super::*;
-
-/// xorshift64* with a scrambled seed.
-struct Random(u64);
-
-impl Random {
-    fn new(seed: u64) -> Self {
-        let mut z = seed.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-        Self((z ^ z >> 31) | 1)
-    }
-
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
-    }
-
-    fn below(&mut self, n: u64) -> u64 {
-        (self.next() >> 16) % n
-    }
-
-    fn chance(&mut self, percent: u64) -> bool {
-        self.below(100) < percent
-    }
-}
 
 /// Physical memory all of which holds random entries: what has been looked at or changed is noted.
 #[derive(Clone, PartialEq, Debug)]
@@ -62,18 +37,18 @@ impl PhysMemory for Memory {
 /// An entry that mostly is present and mostly allows everything, with a reserved bit now and then.
 fn random_entry(random: &mut Random, wide: bool) -> u64 {
     let likely = [pte::P, pte::W, pte::U].into_iter().filter(|_| random.chance(88)).sum::<u64>();
-    let even = random.next() & (pte::A | pte::D | pte::G | 0xe18);
+    let even = random.word() & (pte::A | pte::D | pte::G | 0xe18);
     let large = if random.chance(35) { pte::PS } else { 0 };
     let low = likely | even | large;
     if !wide {
         // Where the high half of a PSE-36 address lies, zeroes come often enough.
-        let address = random.next() & 0xffff_f000;
+        let address = random.word() & 0xffff_f000;
         return low | if random.chance(50) { address & 0xffc0_0000 } else { address };
     }
     let aligned = if large != 0 && random.chance(85) { 0x3fff_c000_0000 } else { 0x3fff_ffff_f000 };
-    let mut entry = low | random.next() & aligned;
+    let mut entry = low | random.word() & aligned;
     if large != 0 && random.chance(50) {
-        entry |= random.next() & 0x3fff_ffe0_0000 | random.next() & 1 << 12;
+        entry |= random.word() & 0x3fff_ffe0_0000 | random.word() & 1 << 12;
     }
     if random.chance(15) {
         entry |= pte::NX;
@@ -248,7 +223,7 @@ impl Model<'_> {
 
 /// One of the paging modes with any of the other bits that the walk depends on.
 fn random_mode(random: &mut Random) -> PagingMode {
-    let mut any = |bits: u64| random.next() & bits;
+    let mut any = |bits: u64| random.word() & bits;
     let mut mode = PagingMode {
         cr0: cr0::PE | cr0::PG | any(cr0::WP),
         cr3: any(0x3fff_ffff_ffff),
@@ -261,7 +236,7 @@ fn random_mode(random: &mut Random) -> PagingMode {
         1 => {
             mode.cr4 |= cr4::PAE;
             // Loading CR3 checks the reserved bits.
-            mode.pdpte = [(); 4].map(|()| random.next() & 0x3fff_ffff_fe18 | u64::from(random.chance(80)));
+            mode.pdpte = [(); 4].map(|()| random.word() & 0x3fff_ffff_fe18 | u64::from(random.chance(80)));
         }
         _ => {
             mode.cr4 |= cr4::PAE;
@@ -274,7 +249,7 @@ fn random_mode(random: &mut Random) -> PagingMode {
 fn compare(seed: u64) {
     let mut random = Random::new(seed);
     let mode = random_mode(&mut random);
-    let la = ((random.next() as i64) << 16 >> 16) as u64;
+    let la = ((random.word() as i64) << 16 >> 16) as u64;
     let access = [Access::Read, Access::Write, Access::Fetch][random.below(3) as usize];
     let who = Privilege { user: random.chance(50), ac: random.chance(50) };
     let mut expected_memory = Memory { seed, entries: BTreeMap::new() };
@@ -314,7 +289,7 @@ fn the_model_meets_every_kind_of_outcome() {
         let who = Privilege { user: random.chance(50), ac: false };
         let access = [Access::Read, Access::Write, Access::Fetch][random.below(3) as usize];
         let model = Model { mode: &mode, access, who, memory: &mut memory, used: Vec::new() };
-        match model.run(random.next()) {
+        match model.run(random.word()) {
             Ok(allowed) => *shifts.entry(allowed.shift).or_default() += 1,
             Err(error) => *errors.entry(error).or_default() += 1,
         }

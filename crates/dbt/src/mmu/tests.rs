@@ -14,6 +14,7 @@ use ruse_arch::{
     state::{reg, seg},
 };
 use ruse_memory::GuestRam;
+use ruse_random::Random;
 
 use super::{
     access::{load, store},
@@ -56,23 +57,6 @@ const USER_CODE: u64 = CODE + PAGE;
 /// Offset of an area: B is one large page, or pages; A and C have the same places in the TLB.
 fn area(n: u64) -> u64 {
     [0, LARGE, ENTRIES as u64 * PAGE][n as usize]
-}
-
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
-    }
-    fn below(&mut self, n: u64) -> u64 {
-        (self.next() >> 16) % n
-    }
-    fn chance(&mut self, percent: u64) -> bool {
-        self.below(100) < percent
-    }
 }
 
 /// The tables at one moment.
@@ -203,7 +187,7 @@ fn flat(attr: u16) -> Segment {
 
 impl World {
     fn new(seed: u64) -> Self {
-        let mut random = Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
+        let mut random = Random::new(seed);
         let mut machine = Machine::long();
         let ram = machine.ram.clone();
         for (page, flags) in [(KERNEL_CODE, pte::P | pte::W), (USER_CODE, pte::P | pte::W | pte::U)] {

@@ -9,9 +9,9 @@ use ruse_arch::{
     flags::rflags,
     state::{reg, seg},
 };
-use ruse_cases::random::Random;
 use ruse_engine::{Clock, Halt, Vcpu};
 use ruse_memory::GuestRam;
+use ruse_random::Random;
 
 use super::{engine::DbtOptions, vcpu::DbtVcpu};
 use crate::{

@@ -1,3 +1,5 @@
+use ruse_random::Random;
+
 use super::*;
 
 fn write(chip: &mut IoApic, register: u8, value: u32) -> Vec<Msi> {
@@ -71,16 +73,16 @@ fn levels() {
 #[test]
 fn save_restore_reset_and_anything() {
     let mut chip = IoApic::new();
-    let mut seed = 0x9e37_79b9_7f4a_7c15u64;
+    let mut random = Random::new(0);
     for _ in 0..100_000 {
-        seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-        let mut data = (seed >> 8).to_le_bytes();
-        let width = 1 << (seed >> 60 & 3);
-        let offset = if seed >> 20 & 1 != 0 { seed >> 40 & 0x50 } else { seed };
-        match seed >> 58 & 3 {
+        let word = random.word();
+        let mut data = (word >> 8).to_le_bytes();
+        let width = 1 << (word >> 60 & 3);
+        let offset = if word >> 20 & 1 != 0 { word >> 40 & 0x50 } else { word };
+        match word >> 58 & 3 {
             0 => chip.read(offset, &mut data[..width]),
             1 | 2 => chip.write(offset, &data[..width], |_| {}),
-            _ => drop(chip.set_pin((seed >> 32) as usize & 31, seed >> 50 & 1 != 0)),
+            _ => drop(chip.set_pin((word >> 32) as usize & 31, word >> 50 & 1 != 0)),
         }
     }
     let saved = chip.state();

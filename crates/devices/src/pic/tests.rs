@@ -1,3 +1,5 @@
+use ruse_random::Random;
+
 use super::*;
 
 /// As PCs set it up: vectors 0x20 and 0x28, ICW4 as given.
@@ -130,14 +132,14 @@ fn poll() {
 #[test]
 fn save_restore_reset_and_anything() {
     let mut pic = pic();
-    let mut seed = 0x9e37_79b9_7f4a_7c15u64;
+    let mut random = Random::new(0);
     for _ in 0..200_000 {
-        seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-        let port = PORTS[(seed >> 32) as usize % PORTS.len()];
-        match seed >> 60 & 3 {
+        let word = random.word();
+        let port = PORTS[(word >> 32) as usize % PORTS.len()];
+        match word >> 60 & 3 {
             0 => drop(pic.read_port(port)),
-            1 => pic.write_port(port, (seed >> 40) as u8),
-            2 => pic.set_irq((seed >> 40) as u8 & 31, seed >> 50 & 1 != 0),
+            1 => pic.write_port(port, (word >> 40) as u8),
+            2 => pic.set_irq((word >> 40) as u8 & 31, word >> 50 & 1 != 0),
             _ => drop(pic.intr() && pic.acknowledge() != 0),
         }
     }

@@ -1,3 +1,5 @@
+use ruse_random::Random;
+
 use super::*;
 use crate::device::Effects;
 
@@ -183,15 +185,15 @@ fn refresh_toggles() {
 fn save_restore_reset_and_anything() {
     let mut pit = Pit::new();
     let mut effects = Effects::default();
-    let mut seed = 0x9e37_79b9_7f4a_7c15u64;
+    let mut random = Random::new(0);
     for round in 0..200_000u64 {
-        seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-        let now = if seed >> 63 != 0 { seed } else { round * 1000 };
-        let offset = [0, 1, 2, 3, 0x21, seed][(seed >> 32) as usize % 6];
-        let mut data = (seed >> 16).to_le_bytes();
-        let width = 1 << (seed >> 60 & 3);
+        let word = random.word();
+        let now = if word >> 63 != 0 { word } else { round * 1000 };
+        let offset = [0, 1, 2, 3, 0x21, word][(word >> 32) as usize % 6];
+        let mut data = (word >> 16).to_le_bytes();
+        let width = 1 << (word >> 60 & 3);
         let mut access = Access { now, effects: &mut effects };
-        match seed >> 58 & 3 {
+        match word >> 58 & 3 {
             0 => pit.read(&mut access, offset, &mut data[..width]),
             1 | 2 => Device::write(&mut pit, &mut access, offset, &data[..width]),
             _ => pit.tick(&mut access),

@@ -2,7 +2,7 @@
 
 use iced_x86::code_asm::*;
 use iced_x86::{BlockEncoderOptions, IcedError};
-use ruse_cases::random::Random;
+use ruse_random::Random;
 
 use super::{CODE, COMES_AND_GOES, DATA, FCW, MXCSR, NO_ACCESS, READ_ONLY, ROUNDS, Site, Then, UNMAPPED};
 

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 
 use iced_x86::{CpuidFeature, Decoder, DecoderOptions, Instruction, InstructionInfoFactory, Register};
 use ruse_arch::flags::rflags;
+use ruse_random::Random;
 
 use super::super::testing::{CODE, Machine};
 use crate::tier0::operand::gpr_index;
@@ -55,62 +56,44 @@ impl Stub {
     }
 }
 
-/// A generator of numbers (splitmix64).
-struct Random(u64);
+/// Values at which carries and signs change are frequent.
+fn value(random: &mut Random) -> u64 {
+    const EDGES: [u64; 8] =
+        [0, 1, u64::MAX, 1 << 63, 0x8000_0000, 0x7fff_ffff, 0x8000_8000_8000_8080, 0x7f7f];
+    match random.below(4) {
+        0 => random.pick(&EDGES),
+        1 => random.below(70),
+        _ => random.word(),
+    }
+}
 
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ z >> 31
-    }
-    fn byte(&mut self) -> u8 {
-        self.next() as u8
-    }
-    fn one_in(&mut self, n: u64) -> bool {
-        self.next().is_multiple_of(n)
-    }
-    fn pick(&mut self, from: &[u8]) -> u8 {
-        from[(self.next() % from.len() as u64) as usize]
-    }
-    /// Values at which carries and signs change are frequent.
-    fn value(&mut self) -> u64 {
-        const EDGES: [u64; 8] =
-            [0, 1, u64::MAX, 1 << 63, 0x8000_0000, 0x7fff_ffff, 0x8000_8000_8000_8080, 0x7f7f];
-        match self.next() % 4 {
-            0 => EDGES[(self.next() % 8) as usize],
-            1 => self.next() % 70,
-            _ => self.next(),
+/// Bytes that may be an instruction on registers.
+fn encoding(random: &mut Random) -> Vec<u8> {
+    let mut code = Vec::new();
+    let byte = |random: &mut Random| random.word() as u8;
+    let one_in = |random: &mut Random, n| random.below(n) == 0;
+    if one_in(random, 8) {
+        let inverted = byte(random);
+        code.extend([0xc4, inverted & 0xe0 | (2 + inverted % 2), byte(random) & 0xfb, 0xf0 | byte(random)]);
+    } else {
+        if one_in(random, 3) {
+            code.push(random.pick(&[0x66, 0x66, 0xf2, 0xf3]));
+        }
+        if one_in(random, 8) {
+            code.push(random.pick(&[0x66, 0xf2, 0xf3]));
+        }
+        if one_in(random, 2) {
+            code.push(0x40 | byte(random) & 15);
+        }
+        match random.below(6) {
+            0..=2 => code.push(byte(random)),
+            3..=4 => code.extend([0x0f, byte(random)]),
+            _ => code.extend([0x0f, 0x38, 0xf0 | byte(random)]),
         }
     }
-    /// Bytes that may be an instruction on registers.
-    fn encoding(&mut self) -> Vec<u8> {
-        let mut code = Vec::new();
-        if self.one_in(8) {
-            let inverted = self.byte();
-            code.extend([0xc4, inverted & 0xe0 | (2 + inverted % 2), self.byte() & 0xfb, 0xf0 | self.byte()]);
-        } else {
-            if self.one_in(3) {
-                code.push(self.pick(&[0x66, 0x66, 0xf2, 0xf3]));
-            }
-            if self.one_in(8) {
-                code.push(self.pick(&[0x66, 0xf2, 0xf3]));
-            }
-            if self.one_in(2) {
-                code.push(0x40 | self.byte() & 15);
-            }
-            match self.next() % 6 {
-                0..=2 => code.push(self.byte()),
-                3..=4 => code.extend([0x0f, self.byte()]),
-                _ => code.extend([0x0f, 0x38, 0xf0 | self.byte()]),
-            }
-        }
-        code.push(0xc0 | self.byte());
-        code.extend(self.next().to_le_bytes());
-        code
-    }
+    code.push(0xc0 | byte(random));
+    code.extend(random.word().to_le_bytes());
+    code
 }
 
 /// Whether this file can run it, and the host has it.
@@ -150,21 +133,21 @@ fn is_fit(i: &Instruction, info: &mut InstructionInfoFactory) -> bool {
 
 /// Runs `count` instructions; `undefined` hears of differences in undefined flags.
 fn compare(count: u64, seed: u64, mut undefined: impl FnMut(&Instruction, u64, u64)) {
-    let mut random = Random(seed);
+    let mut random = Random::new(seed);
     let mut stub = Stub::new();
     let mut machine = Machine::long();
     let mut info = InstructionInfoFactory::new();
     let mut done = 0;
     while done < count {
-        let bytes = random.encoding();
+        let bytes = encoding(&mut random);
         let i = Decoder::with_ip(64, &bytes, CODE, DecoderOptions::NONE).decode();
         if !is_fit(&i, &mut info) {
             continue;
         }
         let bytes = &bytes[..i.len()];
         machine.load(bytes);
-        let mut state: State = std::array::from_fn(|_| random.value());
-        state[16] = rflags::FIXED | rflags::IF | random.next() & rflags::ARITH;
+        let mut state: State = std::array::from_fn(|_| value(&mut random));
+        state[16] = rflags::FIXED | rflags::IF | random.word() & rflags::ARITH;
         let rsp = machine.cpu.gpr[4];
         machine.cpu.gpr.copy_from_slice(&state[..16]);
         machine.cpu.gpr[4] = rsp;

@@ -5,6 +5,7 @@ use ruse_arch::{
     flags::{cr0, rflags},
     state::reg,
 };
+use ruse_random::Random;
 
 use super::*;
 use crate::{
@@ -15,31 +16,17 @@ use crate::{
     },
 };
 
-/// A generator that needs no seed from outside, so that a failure repeats.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0
-    }
-    fn pick<T: Copy>(&mut self, from: &[T]) -> T {
-        from[self.next() as usize % from.len()]
-    }
-    /// An address or selector that has a chance to mean something, or anything.
-    fn value(&mut self) -> u64 {
-        let near = self.next() % 0x80;
-        match self.next() % 8 {
-            0 => DATA + near,
-            1 => STACK - near,
-            2 => near,
-            3 => u64::MAX - near,
-            4 => (1 << 47) - near,
-            5 => 0xffff_ffff - near,
-            _ => self.next(),
-        }
+/// An address or selector that has a chance to mean something, or anything.
+fn value(r: &mut Random) -> u64 {
+    let near = r.below(0x80);
+    match r.below(8) {
+        0 => DATA + near,
+        1 => STACK - near,
+        2 => near,
+        3 => u64::MAX - near,
+        4 => (1 << 47) - near,
+        5 => 0xffff_ffff - near,
+        _ => r.word(),
     }
 }
 
@@ -105,32 +92,32 @@ const OPCODES: &[&[u8]] = &[
 
 fn segment(r: &mut Random) -> Segment {
     let limit = r.pick(&[0, 0xff, 0xffff, u32::MAX]);
-    Segment { base: r.value(), limit, attr: r.next() as u16 & 0xf0ff, selector: r.next() as u16 }
+    Segment { base: value(r), limit, attr: r.word() as u16 & 0xf0ff, selector: r.word() as u16 }
 }
 
 fn scramble(m: &mut Machine, r: &mut Random) {
     for i in 0..32 {
-        let descriptor = r.next() & !(1 << 52) | r.pick(&[0, 0x80]) << 40;
-        m.write_u64(GDT + 8 * i, if r.next().is_multiple_of(3) { m.read_u64(GDT + 8) } else { descriptor });
+        let descriptor = r.word() & !(1 << 52) | r.pick(&[0, 0x80]) << 40;
+        m.write_u64(GDT + 8 * i, if r.below(3) == 0 { m.read_u64(GDT + 8) } else { descriptor });
     }
     for i in 0..64 {
-        let gate = r.next() & !0xff_0000_0000 | r.pick(&[0x85, 0x8e, 0xee, 0x8f, 0x86]) << 40;
+        let gate = r.word() & !0xff_0000_0000 | r.pick(&[0x85, 0x8e, 0xee, 0x8f, 0x86]) << 40;
         m.write_u64(IDT + 8 * i, gate);
-        m.write_u64(TSS_BASE + 8 * (i % 16), r.value());
+        m.write_u64(TSS_BASE + 8 * (i % 16), value(r));
         m.write_u64(STACK - 256 + 8 * i, r.pick(&[8, 0x10, 0x18, 0x2b, 0x33, CODE, HANDLER, 0x2_0202]));
-        let value = r.value();
+        let value = value(r);
         m.write_u64(DATA + 8 * i, value);
     }
     for i in 0..16 {
-        m.cpu.gpr[i] = r.value();
+        m.cpu.gpr[i] = value(r);
     }
-    m.cpu.gpr[reg::RSP] = STACK - r.next() % 64;
-    m.cpu.gpr[reg::RDX] = r.next();
-    m.cpu.rflags = r.next() & 0x3f_7fd5 & !r.pick(&[0, rflags::VM]) | rflags::FIXED;
-    if r.next().is_multiple_of(4) {
+    m.cpu.gpr[reg::RSP] = STACK - r.below(64);
+    m.cpu.gpr[reg::RDX] = r.word();
+    m.cpu.rflags = r.word() & 0x3f_7fd5 & !r.pick(&[0, rflags::VM]) | rflags::FIXED;
+    if r.below(4) == 0 {
         m.cpu.ldtr = segment(r);
         m.cpu.tr = segment(r);
-        let s = r.next() as usize % 6;
+        let s = r.below(6) as usize;
         m.cpu.seg[s] = segment(r);
     }
     m.cpu.dr7 = r.pick(&[0x400, 0x2400, 0xffff_27ff]);
@@ -139,7 +126,7 @@ fn scramble(m: &mut Machine, r: &mut Random) {
 
 #[test]
 fn hostile_states_do_no_harm() {
-    let mut r = Random(0x9e37_79b9_7f4a_7c15);
+    let mut r = Random::new(0);
     for round in 0..300 {
         let mut m = match round % 4 {
             0 => with_levels(Machine::long()),
@@ -157,11 +144,12 @@ fn hostile_states_do_no_harm() {
             }
             let mut code = r.pick(&[&[][..], &[0x66], &[0xf3], &[0x48], &[0x67], &[0xf2, 0x66]]).to_vec();
             code.extend_from_slice(r.pick(OPCODES));
-            code.extend(r.next().to_le_bytes());
+            code.extend(r.word().to_le_bytes());
             m.load(&code);
             for _ in 0..3 {
                 let Err(fault) = m.step() else { continue };
-                let event = r.pick(&[Event::Exception(fault), Event::Interrupt(r.0 as u8), Event::Nmi]);
+                let interrupt = Event::Interrupt(r.word() as u8);
+                let event = r.pick(&[Event::Exception(fault), interrupt, Event::Nmi]);
                 let _ = m.cpu.with_bus(&NullBus, |cpu: &mut Cpu| deliver(cpu, event));
             }
         }

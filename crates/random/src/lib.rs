@@ -1,4 +1,4 @@
-//! A small generator of numbers.
+//! Random numbers for tests: the same ones for the same seed, so that a failure repeats.
 
 /// xorshift64* with a scrambled seed.
 #[derive(Clone)]
@@ -29,6 +29,13 @@ impl Random {
     /// True `percent` times out of a hundred.
     pub fn chance(&mut self, percent: u64) -> bool {
         self.below(100) < percent
+    }
+
+    /// Fills bytes.
+    pub fn fill(&mut self, bytes: &mut [u8]) {
+        for part in bytes.chunks_mut(8) {
+            part.copy_from_slice(&self.word().to_le_bytes()[..part.len()]);
+        }
     }
 
     /// One of the values.
