@@ -74,6 +74,9 @@ pub struct RunOptions {
     /// The first serial port: stdio, null or file=PATH.
     #[arg(long, value_name = "WHERE", default_value = "stdio")]
     pub serial: SerialMode,
+    /// Empty slots for PCI devices, 0 to 8.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub slots: u8,
     /// Force a tier of the translator: 0 interprets, 1 translates.
     #[arg(long)]
     pub tier: Option<u8>,

@@ -56,6 +56,7 @@ fn config(options: &RunOptions) -> MachineConfig {
         cmdline,
         serial: options.serial.clone(),
         debug_exit: options.debug_exit,
+        slots: options.slots,
         accel: options.accel,
         tier: options.tier,
         check: options.check,

@@ -1,6 +1,9 @@
 //! What every device is: a struct with registers that gets accesses and events, answers with values, and names its
 //! side effects as values that the machine carries out after the access. No device has threads, locks or callbacks.
 
+use crate::fabric::Msi;
+use crate::pci::{IntxLevel, PciRanges};
+
 /// A change of the machine's power that the guest asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Power {
@@ -17,8 +20,25 @@ pub enum Power {
 pub struct Effects {
     /// Interrupt lines (GSI numbers) and their new levels.
     pub lines: Vec<(u8, bool)>,
+    /// Interrupt pins of PCI functions and their new levels.
+    pub intx: Vec<IntxLevel>,
+    /// Message-signalled interrupts to deliver.
+    pub messages: Vec<Msi>,
+    /// What has been rung that no doorbell of the engine has caught.
+    pub rings: Vec<Ring>,
+    /// Where PCI functions answer from now on.
+    pub pci_ranges: Option<PciRanges>,
     /// Power change asked for.
     pub power: Option<Power>,
+}
+
+/// A device's doorbell: somebody is to look at what the guest has put there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Ring {
+    /// Whose doorbell, in the machine's numbering.
+    pub source: u16,
+    /// Which of its doorbells.
+    pub number: u16,
 }
 
 impl Effects {

@@ -91,7 +91,10 @@ fn saved_is_restored<D: Device, S: Clone + Debug + PartialEq + Serialize + Deser
         let (data, effects, deadline) = step(&mut a, &mut now, subject.len, device);
         let (other_data, other_effects, other_deadline) =
             step(&mut b, &mut other_now, subject.len, &mut other);
-        assert_eq!((data, effects.lines), (other_data, other_effects.lines));
+        assert_eq!(
+            (data, effects.lines, effects.messages),
+            (other_data, other_effects.lines, other_effects.messages)
+        );
         assert_eq!((effects.power, deadline), (other_effects.power, other_deadline));
     }
     assert_eq!((subject.state)(device), (subject.state)(&other));
@@ -125,8 +128,8 @@ suites! {
         cmos: vec![s.cmos[10], s.cmos[11] & 0x78, s.cmos[12], s.cmos[13]],
         extended: Vec::new(), seconds: 0, origin: 0, seen: 0, ..s
     };
-    pci_ports: crate::pci::PciHost::new(256), crate::pci::PciHost::LEN, |s| s;
-    pci_memory: crate::pci::PciHost::new(1), crate::pci::PciHost::ECAM + (2 << 20), |s| s;
+    pci_ports: crate::pci::PciHost::new(256, crate::pci::testing::windows()), crate::pci::PciHost::LEN, |s| s;
+    pci_memory: crate::pci::PciHost::new(1, crate::pci::testing::windows()), crate::pci::PciHost::ECAM + (2 << 20), |s| s;
     debug_exit: crate::debug_exit::DebugExit::new(), crate::debug_exit::DebugExit::LEN, |s| s;
     post: crate::post::Post::new(), crate::post::Post::LEN, |s| s;
     pit: crate::pit::Pit::new(), 0x22, |s| s;

@@ -22,4 +22,4 @@ pub mod reset;
 pub mod rtc;
 pub mod serial;
 
-pub use device::{Access, Device, Effects, Power};
+pub use device::{Access, Device, Effects, Power, Ring};

@@ -1,14 +1,26 @@
 //! The PCI bus: functions, their configuration space, and the host bridge by which the guest reaches it.
+//!
+//! The host bridge ([`PciHost`]) has the functions. Where a guest places their base address registers is a value,
+//! [`PciRanges`], which the machine routes accesses by; it is made anew when that changes.
 
+mod assign;
 mod config_space;
+mod function;
 mod host;
+mod msi;
+mod msix;
+mod ranges;
+mod root_port;
+#[cfg(test)]
+pub(crate) mod testing;
 
-pub use config_space::{Bar, ConfigSpace, ConfigSpaceState, Identity};
+pub use config_space::{Bar, BarRange, BridgeWindows, ConfigSpace, ConfigSpaceState, Identity, Space};
+pub use function::{BarDoorbell, IntxLevel, IntxPin, PciFunction, SharedFunction, lock};
 pub use host::{CONFIG_ADDRESS_PORT, CONFIG_DATA_PORT, ECAM_BASE, PciHost, PciHostState, SlotTaken};
-
-use std::sync::{Arc, Mutex, PoisonError};
-
-use crate::Access;
+pub use msi::MsiCapability;
+pub use msix::{Msix, MsixState};
+pub use ranges::{BarTarget, PciDoorbell, PciRanges, PciWindows};
+pub use root_port::{RootPort, RootPortState};
 
 /// Where a function sits (PCI 3.0, 3.2.2.3.1).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -27,9 +39,25 @@ impl PciAddress {
         Self { bus: 0, device: device & 0x1f, function: function & 7 }
     }
 
+    /// The one device that can be behind the root port whose bus is `bus` at power-up.
+    pub fn behind(bus: u8) -> Self {
+        Self { bus, device: 0, function: 0 }
+    }
+
     /// Device and function in one byte.
     pub fn devfn(self) -> u8 {
         (self.device & 0x1f) << 3 | self.function & 7
+    }
+
+    /// Bus, device and function in one number.
+    pub fn id(self) -> u16 {
+        u16::from(self.bus) << 8 | u16::from(self.devfn())
+    }
+}
+
+impl std::fmt::Display for PciAddress {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{:02x}:{:02x}.{:x}", self.bus, self.device, self.function)
     }
 }
 
@@ -42,28 +70,4 @@ pub fn decode_ecam(offset: u64) -> (PciAddress, u16) {
         function: (offset >> 12) as u8 & 7,
     };
     (address, offset as u16 & 0xfff)
-}
-
-/// What answers configuration accesses to one function.
-pub trait PciFunction: Send {
-    /// Reads the double word at `register`, a multiple of 4 below 4096. What is not there reads as zero.
-    fn config_read(&mut self, access: &mut Access, register: u16) -> u32;
-    /// Writes those bytes of the double word at `register` whose bit in `enables` (0 to 3) is set.
-    fn config_write(&mut self, access: &mut Access, register: u16, value: u32, enables: u8);
-    /// Back to the state after power-up.
-    fn reset(&mut self, access: &mut Access);
-}
-
-/// A function that the machine reaches in other ways too. Its lock is taken inside the host bridge's and nothing is
-/// locked inside it.
-impl<F: PciFunction + ?Sized> PciFunction for Arc<Mutex<F>> {
-    fn config_read(&mut self, access: &mut Access, register: u16) -> u32 {
-        self.lock().unwrap_or_else(PoisonError::into_inner).config_read(access, register)
-    }
-    fn config_write(&mut self, access: &mut Access, register: u16, value: u32, enables: u8) {
-        self.lock().unwrap_or_else(PoisonError::into_inner).config_write(access, register, value, enables);
-    }
-    fn reset(&mut self, access: &mut Access) {
-        self.lock().unwrap_or_else(PoisonError::into_inner).reset(access);
-    }
 }

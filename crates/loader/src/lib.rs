@@ -28,7 +28,7 @@ pub mod test_images;
 
 use std::ops::Range;
 
-pub use acpi::AcpiConfig;
+pub use acpi::{AcpiConfig, PciIntx};
 pub use error::LoadError;
 pub use image::{Image, Module};
 use ruse_arch::VcpuState;

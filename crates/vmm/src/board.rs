@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 
 use ruse_devices::fabric::Msi;
 use ruse_devices::interrupts::{CpuLine, CpuSignal, Interrupts, SignalKind};
+use ruse_devices::pci::{PciAddress, PciFunction, PciHost, SharedFunction, SlotTaken};
 use ruse_devices::serial::Serial;
 use ruse_devices::{Access, Device, Effects};
 use ruse_engine::{Clock, LocalApics, Message, VcpuHandle, Vm};
@@ -22,6 +23,8 @@ pub(crate) const OUTPUT_SLOT: usize = number::COUNT + 1;
 pub(crate) const SLOTS: usize = number::COUNT + 2;
 /// The driver of an interrupt line that is no device of the platform: the CPUs' x87 error line.
 pub(crate) const X87_DRIVER: usize = number::COUNT;
+/// PCI functions drive interrupt lines from this number on.
+const PCI_DRIVERS: usize = X87_DRIVER + 1;
 /// Interrupt line of the x87 error.
 pub(crate) const X87_LINE: u8 = 13;
 /// Serial output waits so long for more, in nanoseconds: one write for many bytes, and nobody sees the delay.
@@ -31,6 +34,15 @@ const OUTPUT_DELAY: u64 = 300_000;
 struct Chips {
     interrupts: Interrupts,
     wires: Wires,
+}
+
+impl Chips {
+    /// `driver` drives line `gsi`.
+    fn drive(&mut self, driver: usize, gsi: u8, level: bool) {
+        if let Some(level) = self.wires.drive(driver, gsi, level) {
+            self.interrupts.set_line(gsi, level);
+        }
+    }
 }
 
 /// What the interrupt chips want done by others.
@@ -55,15 +67,14 @@ pub(crate) struct Board {
     chips: Mutex<Chips>,
     lines: Vec<Arc<CpuLine>>,
     handles: OnceLock<Vec<Arc<dyn VcpuHandle>>>,
-    /// The VM, if it has local APICs of its own.
     vm: Option<Arc<dyn Vm>>,
     /// The I/O thread holds input back for lack of room in COM1.
     input_waits: AtomicBool,
 }
 
 impl Board {
-    /// A board for `cpus` vCPUs, whose handles come later ([`Board::connect`]). `vm` is there if the local APICs are
-    /// its own.
+    /// A board for `cpus` vCPUs, whose handles come later ([`Board::connect`]). Without a VM the local APICs are the
+    /// board's, and doorbells are accesses like others.
     pub(crate) fn new(
         cpus: u32,
         clock: Arc<Clock>,
@@ -71,9 +82,10 @@ impl Board {
         lifecycle: Arc<Lifecycle>,
         vm: Option<Arc<dyn Vm>>,
     ) -> std::io::Result<Self> {
-        let mut interrupts = match vm {
-            Some(_) => Interrupts::with_external_lapics(),
-            None => Interrupts::new(cpus, clock.tsc_hz()),
+        let external = vm.as_ref().is_some_and(|vm| vm.local_apics().is_some());
+        let mut interrupts = match external {
+            true => Interrupts::with_external_lapics(),
+            false => Interrupts::new(cpus, clock.tsc_hz()),
         };
         interrupts.virtual_wire();
         let lines = (0..cpus).filter_map(|cpu| interrupts.cpu_line(cpu)).collect();
@@ -116,11 +128,11 @@ impl Board {
     ) {
         let mut effects = Effects::default();
         let now = self.clock.now_ns();
-        let signals = self.platform.with(device, |target| {
+        let orders = self.platform.with(device, |target| {
             access(target, &mut Access { now, effects: &mut effects });
-            self.settle(device, target, &effects)
+            self.settle(device, target, &mut effects)
         });
-        self.carry_out(signals.unwrap_or_default());
+        self.carry_out(orders.unwrap_or_default());
         if let Some(power) = effects.power {
             self.lifecycle.power(power, vcpu);
             self.kick_all();
@@ -141,7 +153,7 @@ impl Board {
             let mut serial = self.platform.serial(port)?;
             let mut access = Access { now: self.clock.now_ns(), effects: &mut effects };
             let result = call(&mut serial, &mut access);
-            (result, self.settle(number::SERIAL + port, &*serial, &effects))
+            (result, self.settle(number::SERIAL + port, &*serial, &mut effects))
         };
         self.carry_out(signals);
         Some(result)
@@ -153,33 +165,81 @@ impl Board {
         let signals = {
             let mut pm = self.platform.pm();
             pm.press_power_button(&mut Access { now: self.clock.now_ns(), effects: &mut effects });
-            self.settle(number::PM, &*pm, &effects)
+            self.settle(number::PM, &*pm, &mut effects)
         };
         self.carry_out(signals);
     }
 
-    /// After a change of a device, still under its lock: notes its deadline and drives its interrupt lines, so that
-    /// levels arrive in the order in which the device gave them. The chips' lock is taken inside; nothing is taken
-    /// inside that. What the vCPUs have to be told is returned.
-    fn settle<D: Device + ?Sized>(&self, number: usize, device: &D, effects: &Effects) -> Orders {
-        self.alarm.set(number, device.deadline());
-        if effects.lines.is_empty() { Orders::default() } else { self.drive(number, &effects.lines) }
+    /// Accesses a PCI function, from a vCPU or from the function's other side.
+    pub(crate) fn access_function<F: PciFunction + ?Sized, R>(
+        &self,
+        function: &Mutex<F>,
+        call: impl FnOnce(&mut F, &mut Access) -> R,
+    ) -> R {
+        let mut effects = Effects::default();
+        let (result, orders) = {
+            let mut function = lock(function);
+            let result = call(&mut function, &mut Access { now: self.clock.now_ns(), effects: &mut effects });
+            (result, self.interrupt(None, &effects))
+        };
+        self.carry_out(orders);
+        result
     }
 
-    fn drive(&self, driver: usize, lines: &[(u8, bool)]) -> Orders {
-        let mut chips = lock(&self.chips);
-        for &(gsi, level) in lines {
-            if let Some(level) = chips.wires.drive(driver, gsi, level) {
-                chips.interrupts.set_line(gsi, level);
-            }
+    /// Plugs a PCI function in.
+    pub(crate) fn plug(&self, at: PciAddress, function: SharedFunction) -> Result<(), SlotTaken> {
+        let mut result = Ok(());
+        self.access_pci(|host, access| result = host.insert(access, at, function));
+        result
+    }
+
+    /// Gives PCI functions their places, as firmware does.
+    pub(crate) fn assign_pci(&self) {
+        self.platform.pci().assign();
+    }
+
+    fn access_pci(&self, call: impl FnOnce(&mut PciHost, &mut Access)) {
+        let mut effects = Effects::default();
+        let orders = {
+            let mut host = self.platform.pci();
+            call(&mut host, &mut Access { now: self.clock.now_ns(), effects: &mut effects });
+            self.settle(number::PCI, &*host, &mut effects)
+        };
+        self.carry_out(orders);
+    }
+
+    /// After a change of a device, still under its lock: notes its deadline, routes PCI accesses, and drives its interrupt
+    /// lines, so that levels arrive in the order in which the device gave them. The chips' lock is taken inside; nothing
+    /// is taken inside that. What the vCPUs have to be told is returned.
+    fn settle<D: Device + ?Sized>(&self, number: usize, device: &D, effects: &mut Effects) -> Orders {
+        self.alarm.set(number, device.deadline());
+        if let Some(ranges) = effects.pci_ranges.take() {
+            self.platform.set_pci_ranges(ranges);
         }
+        self.interrupt(Some(number), effects)
+    }
+
+    /// Brings a device's levels and messages to the interrupt chips.
+    fn interrupt(&self, driver: Option<usize>, effects: &Effects) -> Orders {
+        if effects.lines.is_empty() && effects.intx.is_empty() && effects.messages.is_empty() {
+            return Orders::default();
+        }
+        let lines = effects.lines.iter().filter_map(|&(gsi, level)| Some((driver?, gsi, level)));
+        let pins = effects.intx.iter().map(|pin| (PCI_DRIVERS + usize::from(pin.source), pin.gsi, pin.level));
+        let mut chips = lock(&self.chips);
+        lines.chain(pins).for_each(|(driver, gsi, level)| chips.drive(driver, gsi, level));
+        effects.messages.iter().for_each(|&message| chips.interrupts.msi(message));
         Orders::take(&mut chips.interrupts)
     }
 
     /// Drives a line that is not a device's.
     pub(crate) fn drive_line(&self, driver: usize, gsi: u8, level: bool) {
-        let signals = self.drive(driver, &[(gsi, level)]);
-        self.carry_out(signals);
+        let orders = {
+            let mut chips = lock(&self.chips);
+            chips.drive(driver, gsi, level);
+            Orders::take(&mut chips.interrupts)
+        };
+        self.carry_out(orders);
     }
 
     /// Calls the interrupt chips at the present time and carries out what they ask for.
@@ -196,7 +256,7 @@ impl Board {
 
     /// Whether the local APICs are the engine's.
     pub(crate) fn has_external_apics(&self) -> bool {
-        self.vm.is_some()
+        self.local_apics().is_some()
     }
 
     /// The local APICs, if they are the engine's.

@@ -3,6 +3,7 @@
 use ruse_devices::bus::AddressMap;
 use ruse_devices::fabric::Msi;
 use ruse_devices::lapic;
+use ruse_devices::pci::BarTarget;
 use ruse_engine::{Bus, Message, MsrFault};
 
 use crate::board::{Board, X87_DRIVER, X87_LINE};
@@ -19,6 +20,8 @@ impl Board {
             }),
             Target::IoApic => self.interrupts(|chips, _| chips.ioapic_read(offset, bytes)),
             Target::X87 => bytes.fill(0xff),
+            Target::PciPorts => self.bar_read(&self.platform.pci_ranges().ports, offset, bytes),
+            Target::PciMemory => self.bar_read(&self.platform.pci_ranges().memory, offset, bytes),
         });
     }
 
@@ -35,6 +38,24 @@ impl Board {
                 self.pins_changed();
             }
             Target::X87 => self.drive_line(X87_DRIVER, X87_LINE, false),
+            Target::PciPorts => self.bar_write(&self.platform.pci_ranges().ports, offset, bytes),
+            Target::PciMemory => self.bar_write(&self.platform.pci_ranges().memory, offset, bytes),
+        });
+    }
+
+    fn bar_read(&self, ranges: &AddressMap<BarTarget>, address: u64, data: &mut [u8]) {
+        ranges.read(address, data, |target, offset, bytes| {
+            self.access_function(&*target.function, |function, access| {
+                function.bar_read(access, target.bar, offset, bytes);
+            });
+        });
+    }
+
+    fn bar_write(&self, ranges: &AddressMap<BarTarget>, address: u64, data: &[u8]) {
+        ranges.write(address, data, |target, offset, bytes| {
+            self.access_function(&*target.function, |function, access| {
+                function.bar_write(access, target.bar, offset, bytes);
+            });
         });
     }
 

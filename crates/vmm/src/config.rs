@@ -16,6 +16,8 @@ use crate::cpuid::CpuModel;
 pub const MIN_MEMORY: u64 = 16 << 20;
 /// Most vCPUs of a machine.
 pub const MAX_CPUS: u32 = 64;
+/// Most PCI slots of a machine.
+pub const MAX_SLOTS: u8 = 8;
 /// RAM of a machine for which nothing is said.
 pub const DEFAULT_MEMORY: u64 = 512 << 20;
 
@@ -92,6 +94,8 @@ pub struct MachineConfig {
     pub serial: SerialMode,
     /// Whether there is a debug-exit port.
     pub debug_exit: bool,
+    /// Empty PCI slots.
+    pub slots: u8,
     /// Which engine runs it.
     pub accel: Accel,
     /// Executor of the translator that is forced: 0 interprets, 1 translates.
@@ -117,6 +121,7 @@ impl MachineConfig {
             cmdline: String::new(),
             serial: SerialMode::default(),
             debug_exit: false,
+            slots: 0,
             accel: Accel::default(),
             tier: None,
             check: false,
@@ -143,6 +148,9 @@ impl MachineConfig {
         let odd_threads = (sockets > 1 || cores > 1) && !threads.is_power_of_two();
         if odd_cores || odd_threads {
             return Err(ConfigError::OddTopology);
+        }
+        if self.slots > MAX_SLOTS {
+            return Err(ConfigError::TooManySlots { asked: self.slots });
         }
         self.validate_translator()
     }
@@ -243,6 +251,12 @@ pub enum ConfigError {
     /// A topology that APIC IDs without gaps cannot express.
     #[error("--cpus: cores of several sockets, and threads of several cores, must be a power of two")]
     OddTopology,
+    /// More PCI slots than possible.
+    #[error("--slots: {asked} are too many, the most is {MAX_SLOTS}")]
+    TooManySlots {
+        /// Slots asked for.
+        asked: u8,
+    },
     /// A tier that does not exist.
     #[error("--tier: expected 0 or 1")]
     Tier,
@@ -315,6 +329,7 @@ mod tests {
         let profile = with(|c| (c.perf_map, c.accel) = (true, Accel::Kvm)).unwrap_err().to_string();
         assert!(profile.contains("--perf-map and --accel kvm"), "{profile}");
         assert_eq!(with(|c| c.tier = Some(2)), Err(ConfigError::Tier));
+        assert_eq!(with(|c| c.slots = 9), Err(ConfigError::TooManySlots { asked: 9 }));
         assert_eq!(with(|c| c.name.clear()), Err(ConfigError::Name));
     }
 

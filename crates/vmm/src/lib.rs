@@ -20,6 +20,7 @@ mod io_thread;
 mod lifecycle;
 mod machine;
 mod panic_watch;
+mod pci_slots;
 mod platform;
 pub mod report;
 mod threads;

@@ -1,6 +1,7 @@
 //! Assembles a machine from its configuration, and what can be done with it while it runs.
 
 use std::io;
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
@@ -8,11 +9,12 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use ruse_arch::VcpuState;
 use ruse_devices::bus::MapError;
 use ruse_devices::lapic::TIMER_HZ;
+use ruse_devices::pci::{PciWindows, SlotTaken};
 use ruse_devices::post::POST_PORT;
 use ruse_devices::rtc::{Rtc, RtcConfig};
 use ruse_engine::{Clock, Counters, Engine, EngineError, IoAddress, TscMeasurement, Vcpu, Vm};
 use ruse_loader::{AcpiConfig, EntryChoice, Image, LoadError, LoadRequest, Module};
-use ruse_memory::{GuestRam, LOW_RAM_END, MemoryError};
+use ruse_memory::{GuestRam, HIGH_RAM_START, LOW_RAM_END, MemoryError};
 
 use crate::board::Board;
 use crate::config::{ConfigError, MachineConfig};
@@ -22,12 +24,18 @@ use crate::doctor::ChoiceError;
 use crate::host::host_memory;
 use crate::io_thread::IoThread;
 use crate::lifecycle::{Lifecycle, Phase};
+use crate::pci_slots::plug_root_ports;
 use crate::platform::Platform;
 use crate::report::{MachineInfo, Outcome};
 use crate::threads::{VcpuThread, start_state};
 
 /// log2 of how much slower a guest's time goes while both tiers execute it: they take that much longer.
 const CHECK_SLOWDOWN: u32 = 6;
+
+/// Bytes of the window for PCI memory above RAM, which is also what it begins at a multiple of.
+const PCI_WINDOW: u64 = 64 << 30;
+/// Ports for PCI functions.
+const PCI_PORTS: RangeInclusive<u64> = 0x1000..=0xffff;
 
 /// Why there is no machine.
 #[derive(Debug, thiserror::Error)]
@@ -50,6 +58,9 @@ pub enum MachineError {
     /// Two devices are at one address; a bug.
     #[error(transparent)]
     Map(#[from] MapError),
+    /// Two PCI functions are at one address; a bug.
+    #[error(transparent)]
+    Slot(#[from] SlotTaken),
     /// The host refused something.
     #[error("{what}: {source}")]
     Host {
@@ -66,7 +77,7 @@ impl MachineError {
         match self {
             Self::Config(_) | Self::Choice(_) => true,
             Self::Load(error) => !matches!(error, LoadError::Memory(_)),
-            Self::Memory(_) | Self::Engine(_) | Self::Map(_) | Self::Host { .. } => false,
+            Self::Memory(_) | Self::Engine(_) | Self::Map(_) | Self::Slot(_) | Self::Host { .. } => false,
         }
     }
 
@@ -112,7 +123,17 @@ impl Boot {
 }
 
 fn acpi_config(config: &MachineConfig) -> AcpiConfig {
-    AcpiConfig::new(config.cpus.count() as u32)
+    let mut acpi = AcpiConfig::new(config.cpus.count() as u32);
+    let end = HIGH_RAM_START + config.memory.saturating_sub(LOW_RAM_END);
+    let start = end.next_multiple_of(PCI_WINDOW);
+    acpi.mmio64 = Some(start..start + PCI_WINDOW);
+    acpi
+}
+
+/// Where PCI functions can answer: the windows that ACPI tells of, and ports above those of the platform.
+fn pci_windows(acpi: &AcpiConfig) -> PciWindows {
+    let all = acpi.mmio32.iter().chain(&acpi.mmio64);
+    PciWindows { ports: PCI_PORTS, memory: all.map(|window| window.start..=window.end - 1).collect() }
 }
 
 /// A machine with its guest in RAM, but without CPUs.
@@ -148,14 +169,16 @@ impl Machine {
         let slow = if self.config.check { CHECK_SLOWDOWN } else { 0 };
         let clock = Arc::new(Clock::start_after(&self.tsc, slow));
         let lifecycle = Arc::new(Lifecycle::new(cpus).map_err(MachineError::host("cannot make an eventfd"))?);
-        let platform = Platform::new(Rtc::new(self.rtc_config()), self.config.debug_exit)?;
+        let windows = pci_windows(&self.boot.acpi);
+        let platform = Platform::new(Rtc::new(self.rtc_config()), self.config.debug_exit, windows)?;
         let vm = engine.create_vm(self.ram.clone(), clock.clone())?;
         // A system writes there to wait, not to be heard.
         vm.coalesce_writes(IoAddress::Port(POST_PORT), 1);
-        let with_apics = vm.local_apics().is_some().then(|| vm.clone());
-        let board = Board::new(cpus, clock.clone(), platform, lifecycle, with_apics)
+        let board = Board::new(cpus, clock.clone(), platform, lifecycle, Some(vm.clone()))
             .map_err(MachineError::host("cannot make a timer"))?;
         let board = Arc::new(board);
+        plug_root_ports(&board, self.boot.acpi.intx, self.config.slots)?;
+        board.assign_pci();
         let vcpus = self.create_vcpus(engine, &*vm, cpus, &clock)?;
         board.connect(vcpus.iter().map(|vcpu| vcpu.handle()).collect());
         self.spawn(engine.name(), board, vcpus, console)

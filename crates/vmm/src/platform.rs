@@ -1,11 +1,12 @@
 //! The devices of a machine and where the guest finds them. Each has its own lock.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::ops::RangeInclusive;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use ruse_devices::bus::{AddressMap, MapError};
 use ruse_devices::debug_exit::{DEBUG_EXIT_PORT, DebugExit};
 use ruse_devices::i8042::{I8042, I8042_COMMAND_PORT, I8042_DATA_PORT, PORT_92, Port92};
-use ruse_devices::pci::{CONFIG_ADDRESS_PORT, ECAM_BASE, PciHost};
+use ruse_devices::pci::{CONFIG_ADDRESS_PORT, ECAM_BASE, PciHost, PciRanges, PciWindows};
 use ruse_devices::pit::{self, Pit};
 use ruse_devices::pm::{PM_BASE, Pm};
 use ruse_devices::post::{POST_PORT, Post};
@@ -29,6 +30,10 @@ pub(crate) enum Target {
     IoApic,
     /// The latch of the x87 error line.
     X87,
+    /// The PCI bus; offsets are ports.
+    PciPorts,
+    /// The PCI bus; offsets are guest physical addresses.
+    PciMemory,
 }
 
 /// A device by its number: its place in [`Platform`], in the alarm's deadlines and among the sources of an interrupt
@@ -63,6 +68,8 @@ pub(crate) struct Platform {
     pub(crate) ports: AddressMap<Target>,
     /// Guest physical addresses that are not RAM.
     pub(crate) memory: AddressMap<Target>,
+    /// Where PCI functions answer. It is replaced under the host bridge's lock.
+    pci_ranges: RwLock<Arc<PciRanges>>,
 }
 
 /// Takes a lock, also one that a panicking thread has left behind: a device survives any state.
@@ -71,10 +78,11 @@ pub(crate) fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Platform {
-    /// The devices of a machine after power-up.
-    pub(crate) fn new(rtc: Rtc, debug_exit: bool) -> Result<Self, MapError> {
-        let pci = PciHost::new(ECAM_BUSES);
-        let ecam = pci.ecam_len();
+    /// The devices of a machine after power-up; PCI functions answer in `windows`.
+    pub(crate) fn new(rtc: Rtc, debug_exit: bool, windows: PciWindows) -> Result<Self, MapError> {
+        let ports = port_map(debug_exit, &windows)?;
+        let memory = memory_map(&windows)?;
+        let pci = PciHost::new(ECAM_BUSES, windows);
         Ok(Self {
             serial: COM_IRQS.map(|irq| Mutex::new(Serial::new(irq))),
             pit: Mutex::default(),
@@ -85,8 +93,9 @@ impl Platform {
             pci: Mutex::new(pci),
             post: Mutex::default(),
             debug_exit: Mutex::default(),
-            ports: port_map(debug_exit)?,
-            memory: memory_map(ecam)?,
+            ports,
+            memory,
+            pci_ranges: RwLock::default(),
         })
     }
 
@@ -98,6 +107,21 @@ impl Platform {
     /// The power-management registers.
     pub(crate) fn pm(&self) -> MutexGuard<'_, Pm> {
         lock(&self.pm)
+    }
+
+    /// The PCI host bridge.
+    pub(crate) fn pci(&self) -> MutexGuard<'_, PciHost> {
+        lock(&self.pci)
+    }
+
+    /// Where PCI functions answer now.
+    pub(crate) fn pci_ranges(&self) -> Arc<PciRanges> {
+        self.pci_ranges.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// PCI functions answer elsewhere. The caller holds the host bridge's lock.
+    pub(crate) fn set_pci_ranges(&self, ranges: PciRanges) {
+        *self.pci_ranges.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(ranges);
     }
 
     /// Calls `with` on a device under its lock.
@@ -116,7 +140,7 @@ impl Platform {
     }
 }
 
-fn port_map(debug_exit: bool) -> Result<AddressMap<Target>, MapError> {
+fn port_map(debug_exit: bool, pci: &PciWindows) -> Result<AddressMap<Target>, MapError> {
     let mut map = AddressMap::ports();
     for (n, port) in COM_PORTS.into_iter().enumerate() {
         map.insert(port.into(), Serial::LEN, Target::Device(number::SERIAL + n), 0)?;
@@ -142,12 +166,25 @@ fn port_map(debug_exit: bool) -> Result<AddressMap<Target>, MapError> {
         map.insert(port.into(), 1, Target::Pic, port.into())?;
     }
     map.insert(X87_PORTS.0, X87_PORTS.1, Target::X87, 0)?;
+    insert_window(&mut map, &pci.ports, Target::PciPorts)?;
     Ok(map)
 }
 
-fn memory_map(ecam: u64) -> Result<AddressMap<Target>, MapError> {
+fn memory_map(pci: &PciWindows) -> Result<AddressMap<Target>, MapError> {
     let mut map = AddressMap::memory();
     map.insert(ioapic::BASE, ioapic::SIZE, Target::IoApic, 0)?;
-    map.insert(ECAM_BASE, ecam, Target::Device(number::PCI), PciHost::ECAM)?;
+    map.insert(ECAM_BASE, u64::from(ECAM_BUSES) << 20, Target::Device(number::PCI), PciHost::ECAM)?;
+    for window in &pci.memory {
+        insert_window(&mut map, window, Target::PciMemory)?;
+    }
     Ok(map)
+}
+
+/// A window of the PCI bus, in which offsets are addresses.
+fn insert_window(
+    map: &mut AddressMap<Target>,
+    window: &RangeInclusive<u64>,
+    target: Target,
+) -> Result<(), MapError> {
+    map.insert(*window.start(), window.end() - window.start() + 1, target, *window.start())
 }

@@ -1,12 +1,14 @@
 //! Interrupt lines that several devices may drive.
 
+use std::collections::BTreeSet;
+
 /// Interrupt lines of a machine.
 const LINES: usize = 24;
 
 /// Who drives each line. A line is high while anyone holds it high.
 #[derive(Debug, Default)]
 pub(crate) struct Wires {
-    drivers: [u64; LINES],
+    drivers: [BTreeSet<usize>; LINES],
 }
 
 impl Wires {
@@ -14,9 +16,12 @@ impl Wires {
     /// line.
     pub(crate) fn drive(&mut self, source: usize, gsi: u8, level: bool) -> Option<bool> {
         let drivers = self.drivers.get_mut(usize::from(gsi))?;
-        let bit = 1u64.checked_shl(source as u32)?;
-        *drivers = if level { *drivers | bit } else { *drivers & !bit };
-        Some(*drivers != 0)
+        if level {
+            drivers.insert(source);
+        } else {
+            drivers.remove(&source);
+        }
+        Some(!drivers.is_empty())
     }
 }
 
@@ -33,6 +38,6 @@ mod tests {
         assert_eq!(wires.drive(0, 3, false), Some(false));
         assert_eq!(wires.drive(2, 4, false), Some(false));
         assert_eq!(wires.drive(0, 24, true), None);
-        assert_eq!(wires.drive(64, 4, true), None);
+        assert_eq!(wires.drive(70_000, 4, true), Some(true), "PCI functions have large numbers");
     }
 }

@@ -7,7 +7,7 @@ use ruse_devices::debug_exit::{DEBUG_EXIT_PORT, DebugExit};
 use ruse_devices::fabric::Msi;
 use ruse_devices::i8042::{I8042, I8042_COMMAND_PORT, I8042_DATA_PORT, PORT_92, Port92};
 use ruse_devices::interrupts::{Interrupts, SignalKind};
-use ruse_devices::pci::{CONFIG_ADDRESS_PORT, ECAM_BASE, PciHost};
+use ruse_devices::pci::{CONFIG_ADDRESS_PORT, ECAM_BASE, PciHost, PciWindows};
 use ruse_devices::pit::{self, Pit};
 use ruse_devices::pm::{PM_BASE, Pm};
 use ruse_devices::post::{POST_PORT, Post};
@@ -74,7 +74,7 @@ impl Board {
             i8042: I8042::new(),
             port_92: Port92::new(),
             pm: Pm::new(),
-            pci: PciHost::new(ECAM_BUSES),
+            pci: PciHost::new(ECAM_BUSES, PciWindows { ports: 0x1000..=0xffff, memory: Vec::new() }),
             post: Post::new(),
             debug_exit: DebugExit::new(),
             chips,
@@ -320,7 +320,7 @@ fn ports() -> AddressMap<Target> {
 fn memory() -> AddressMap<Target> {
     let mut map = AddressMap::memory();
     map.insert(ioapic::BASE, ioapic::SIZE, Target::IoApic, 0).expect("free");
-    let len = PciHost::new(ECAM_BUSES).ecam_len();
+    let len = u64::from(ECAM_BUSES) << 20;
     map.insert(ECAM_BASE, len, Target::Device(9), PciHost::ECAM).expect("free");
     map
 }

@@ -34,7 +34,7 @@ fn prepare(guest: Result<DefaultGuest, GuestError>) -> Option<GuestFiles> {
 }
 
 /// Runs a script under a kernel, which powers off after it.
-fn run_script(kernel: &Path, files: &GuestFiles, options: &[&str], cmdline: &str, script: &str) -> Ended {
+pub fn run_script(kernel: &Path, files: &GuestFiles, options: &[&str], cmdline: &str, script: &str) -> Ended {
     let cmdline = format!("console=ttyS0 panic=-1 quiet {cmdline} {}", run_argument(script));
     let words = ["--kernel", word(kernel), "--initrd", word(&files.initrd), "--cmdline", &cmdline];
     let ended = Machine::start(&[&words, options].concat()).end().with_code(0);

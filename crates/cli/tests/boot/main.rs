@@ -6,5 +6,6 @@ mod linux;
 mod log;
 mod machine;
 mod modes;
+mod pci;
 mod terminal;
 mod vmlinux;

@@ -1,4 +1,7 @@
-//! The registers of one function: bytes, and which bits of them the guest may write (PCI 3.0, 6.1).
+//! The registers of one function: bytes, and which bits of them the guest may write (PCI 3.0, 6.1; bridges: PCI-to-PCI
+//! Bridge Architecture 1.2, 3.2).
+
+use std::ops::RangeInclusive;
 
 use serde::{Deserialize, Serialize};
 
@@ -10,6 +13,16 @@ const LEN: usize = 256;
 const CAPABILITIES: usize = 0x40;
 /// Status register: there is a list of capabilities.
 const STATUS_CAPABILITIES: u8 = 0x10;
+/// Command register: answer I/O, answer memory; in its second byte: do not assert the interrupt pin.
+const COMMAND_IO: u8 = 1;
+const COMMAND_MEMORY: u8 = 2;
+const COMMAND_INTX_DISABLE: u8 = 4;
+/// Header type of a bridge, and its registers.
+const HEADER_BRIDGE: u8 = 1;
+const SECONDARY_BUS: usize = 0x19;
+const IO_BASE: usize = 0x1c;
+const MEMORY_BASE: usize = 0x20;
+const PREFETCHABLE_BASE: usize = 0x24;
 
 /// Who a function says it is (PCI 3.0, 6.2.1 and 6.2.4).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -46,9 +59,56 @@ pub enum Bar {
     },
 }
 
-/// The configuration space of a function with a type 0 header. Beyond 256 bytes it reads as zero.
+/// A space of addresses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Space {
+    /// I/O ports.
+    Io,
+    /// Memory.
+    Memory,
+}
+
+/// A range that a function answers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BarRange {
+    /// The base address register.
+    pub bar: u8,
+    /// Whose addresses these are.
+    pub space: Space,
+    /// First address.
+    pub base: u64,
+    /// Bytes.
+    pub size: u64,
+}
+
+/// What a bridge forwards to the bus behind it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BridgeWindows {
+    /// Number of the bus behind it.
+    pub secondary: u8,
+    /// Ports.
+    pub ports: Option<RangeInclusive<u64>>,
+    /// Memory, and memory without side effects.
+    pub memory: [Option<RangeInclusive<u64>>; 2],
+}
+
+impl BridgeWindows {
+    /// Whether a range is forwarded as a whole.
+    pub fn hold(&self, range: &BarRange) -> bool {
+        let within = |window: &RangeInclusive<u64>| {
+            window.contains(&range.base) && window.contains(&(range.base + (range.size - 1)))
+        };
+        match range.space {
+            Space::Io => self.ports.iter().any(within),
+            Space::Memory => self.memory.iter().flatten().any(within),
+        }
+    }
+}
+
+/// The configuration space of a function. Beyond 256 bytes it reads as zero.
 #[derive(Clone, Debug)]
 pub struct ConfigSpace {
+    bars: [Option<Bar>; 6],
     bytes: Vec<u8>,
     writable: Vec<u8>,
     initial: Vec<u8>,
@@ -68,6 +128,7 @@ impl ConfigSpace {
     /// interrupt line are writable.
     pub fn new(id: Identity) -> Self {
         let mut space = Self {
+            bars: [None; 6],
             bytes: vec![0; LEN],
             writable: vec![0; LEN],
             initial: Vec::new(),
@@ -84,6 +145,28 @@ impl ConfigSpace {
         space.writable[0x04..0x06].copy_from_slice(&[0x07, 0x04]);
         space.writable[0x0c] = 0xff;
         space.writable[0x3c] = 0xff;
+        space.initial = space.bytes.clone();
+        space
+    }
+
+    /// A bridge's space, with the windows closed and no bus behind it.
+    pub fn bridge(id: Identity) -> Self {
+        let mut space = Self::new(id);
+        space.bytes[0x0e] = HEADER_BRIDGE;
+        // A bridge has other registers where a function has its subsystem's ids.
+        space.bytes[0x2c..0x30].fill(0);
+        space.writable[0x18..0x1b].fill(0xff);
+        for at in [IO_BASE, IO_BASE + 1] {
+            space.writable[at] = 0xf0;
+        }
+        for at in [MEMORY_BASE, MEMORY_BASE + 2, PREFETCHABLE_BASE, PREFETCHABLE_BASE + 2] {
+            space.writable[at..at + 2].copy_from_slice(&[0xf0, 0xff]);
+        }
+        space.writable[0x28..0x30].fill(0xff);
+        space.bytes[IO_BASE] = 0xf0;
+        space.bytes[MEMORY_BASE..MEMORY_BASE + 2].copy_from_slice(&[0xf0, 0xff]);
+        // The prefetchable window has 64-bit addresses.
+        space.bytes[PREFETCHABLE_BASE..PREFETCHABLE_BASE + 4].copy_from_slice(&[0xf1, 0xff, 0x01, 0]);
         space.initial = space.bytes.clone();
         space
     }
@@ -105,6 +188,7 @@ impl ConfigSpace {
         );
         let at = 0x10 + 4 * index;
         let mask = !(size - 1);
+        self.bars[index] = Some(bar);
         self.initial[at] = flags as u8;
         self.writable[at..at + 4].copy_from_slice(&(mask as u32).to_le_bytes());
         if wide {
@@ -161,21 +245,86 @@ impl ConfigSpace {
         self.bytes[usize::from(register)] = value;
     }
 
-    /// Where base address register `index` puts its range, if the guest has placed it and enabled such accesses.
-    pub fn bar(&self, index: usize) -> Option<u64> {
-        if index >= 6 {
+    /// Whether the function may not assert its interrupt pin.
+    pub fn intx_disabled(&self) -> bool {
+        self.bytes[5] & COMMAND_INTX_DISABLE != 0
+    }
+
+    fn word(&self, at: usize) -> u64 {
+        u64::from(u16::from_le_bytes([self.bytes[at], self.bytes[at + 1]]))
+    }
+
+    /// The base address registers that there are.
+    pub fn declared_bars(&self) -> impl Iterator<Item = (u8, Bar)> {
+        (0..).zip(self.bars).filter_map(|(index, bar)| Some((index, bar?)))
+    }
+
+    /// The ranges that the guest has placed and enabled.
+    pub fn bars(&self) -> Vec<BarRange> {
+        self.declared_bars().filter_map(|(index, bar)| self.range(index, bar)).collect()
+    }
+
+    fn range(&self, index: u8, bar: Bar) -> Option<BarRange> {
+        let register = 0x10 + 4 * u16::from(index);
+        let low = u64::from(self.read(register));
+        let (space, enable, base, size) = match bar {
+            Bar::Io(size) => (Space::Io, COMMAND_IO, low & !3, size.into()),
+            Bar::Memory32(size) => (Space::Memory, COMMAND_MEMORY, low & !0xf, size.into()),
+            Bar::Memory64 { size, .. } => {
+                (Space::Memory, COMMAND_MEMORY, low & !0xf | u64::from(self.read(register + 4)) << 32, size)
+            }
+        };
+        (self.bytes[4] & enable != 0 && base != 0).then_some(BarRange { bar: index, space, base, size })
+    }
+
+    /// Places base address register `index`, as firmware does.
+    pub(super) fn place_bar(&mut self, index: u8, base: u64) {
+        let Some(bar) = self.bars[usize::from(index)] else { return };
+        let register = 0x10 + 4 * u16::from(index);
+        self.write(register, base as u32, 0xf);
+        if matches!(bar, Bar::Memory64 { .. }) {
+            self.write(register + 4, (base >> 32) as u32, 0xf);
+        }
+    }
+
+    /// What a bridge forwards; `None` if this is not a bridge.
+    pub fn windows(&self) -> Option<BridgeWindows> {
+        if self.bytes[0x0e] & 0x7f != HEADER_BRIDGE {
             return None;
         }
-        let register = 0x10 + 4 * index as u16;
-        let low = self.read(register);
-        let command = self.bytes[4];
-        let address = match low & 7 {
-            0 | 2 => u64::from(low & !0xf),
-            4 | 6 if index < 5 => u64::from(low & !0xf) | u64::from(self.read(register + 4)) << 32,
-            l if l & 1 != 0 => return (command & 1 != 0 && low & !3 != 0).then_some(u64::from(low & !3)),
-            _ => return None,
+        let window = |enable: u8, base: u64, limit: u64| {
+            (self.bytes[4] & enable != 0 && base <= limit).then_some(base..=limit)
         };
-        (command & 2 != 0 && address != 0).then_some(address)
+        let memory = |at: usize, high: [u64; 2]| {
+            let base = (self.word(at) & 0xfff0) << 16 | high[0] << 32;
+            let limit = (self.word(at + 2) & 0xfff0) << 16 | 0xf_ffff | high[1] << 32;
+            window(COMMAND_MEMORY, base, limit)
+        };
+        let [io, io_limit] = [IO_BASE, IO_BASE + 1].map(|at| u64::from(self.bytes[at] & 0xf0) << 8);
+        let high = [0x28, 0x2c].map(|register| u64::from(self.read(register)));
+        Some(BridgeWindows {
+            secondary: self.bytes[SECONDARY_BUS],
+            ports: window(COMMAND_IO, io, io_limit | 0xfff),
+            memory: [memory(MEMORY_BASE, [0, 0]), memory(PREFETCHABLE_BASE, high)],
+        })
+    }
+
+    /// Gives a bridge the number of the bus behind it, at power-up.
+    pub(super) fn set_secondary_bus(&mut self, bus: u8) {
+        self.initial[SECONDARY_BUS] = bus;
+        self.initial[SECONDARY_BUS + 1] = bus;
+        self.bytes.clone_from(&self.initial);
+    }
+
+    /// The number of the bus behind a bridge at power-up.
+    pub(super) fn initial_secondary_bus(&self) -> u8 {
+        self.initial[SECONDARY_BUS]
+    }
+
+    /// Opens a bridge's memory window below 4 GiB, from `first` to `last`, in whole MiB, as firmware does.
+    pub(super) fn open_memory(&mut self, first: u64, last: u64) {
+        let [base, limit] = [first, last].map(|at| (at >> 16) as u16 & 0xfff0);
+        self.write(MEMORY_BASE as u16, u32::from(limit) << 16 | u32::from(base), 0xf);
     }
 
     /// Back to the state after power-up.
@@ -224,11 +373,42 @@ mod tests {
         let mut space = space();
         space.write(0x10, 0xc000_0000, 0xf);
         space.write(0x1c, 0x12, 0xf);
-        assert_eq!(space.bar(0), None, "memory is not enabled");
-        space.write(0x04, 0xffff_ffff, 0xf);
-        assert_eq!(space.read(0x04), 0x0407);
-        assert_eq!((space.bar(0), space.bar(2)), (Some(0xc000_0000), Some(0x12_0000_0000)));
-        assert_eq!((space.bar(5), space.bar(6)), (None, None));
+        space.write(0x24, 0xc041, 0xf);
+        assert_eq!(space.bars(), [], "nothing is enabled");
+        let range = |bar, space, base, size| BarRange { bar, space, base, size };
+        space.write(0x04, 1, 1);
+        assert_eq!(space.bars(), [range(5, Space::Io, 0xc040, 32)]);
+        space.write(0x04, 0xffff_fffe, 0xf);
+        assert_eq!(space.read(0x04), 0x0406);
+        let memory =
+            [range(0, Space::Memory, 0xc000_0000, 0x1000), range(2, Space::Memory, 0x12_0000_0000, 1 << 33)];
+        assert_eq!(space.bars(), memory);
+        space.write(0x10, 0, 0xf);
+        assert_eq!(space.bars(), memory[1..], "nobody is at address zero");
+    }
+
+    #[test]
+    fn a_bridge_forwards_what_its_windows_hold() {
+        let mut space = ConfigSpace::bridge(Identity::default());
+        assert_eq!(ConfigSpace::new(Identity::default()).windows(), None);
+        space.write(0x04, 3, 1);
+        let closed = space.windows().unwrap();
+        assert_eq!((closed.ports, closed.memory), (None, [None, None]));
+        space.write(0x18, 0x0005_0400, 0xf);
+        space.write(0x1c, 0xffff_2f1f, 0xf);
+        space.write(0x20, 0xc01f_c01f, 0xf);
+        space.write(0x24, 0x0010_0000, 0xf);
+        space.write(0x28, 2, 0xf);
+        space.write(0x2c, 2, 0xf);
+        let windows = space.windows().unwrap();
+        assert_eq!((windows.secondary, windows.ports.clone()), (4, Some(0x1000..=0x2fff)));
+        assert_eq!(windows.memory, [Some(0xc010_0000..=0xc01f_ffff), Some(0x2_0000_0000..=0x2_001f_ffff)]);
+        let range = |base| BarRange { bar: 0, space: Space::Memory, base, size: 0x8000 };
+        let held =
+            [0xc010_0000, 0xc01f_8000, 0xc01f_8001, 0x2_0000_0000].map(|base| windows.hold(&range(base)));
+        assert_eq!(held, [true, true, false, true]);
+        space.reset();
+        assert_eq!(space.windows().unwrap().secondary, 0);
     }
 
     #[test]

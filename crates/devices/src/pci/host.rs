@@ -1,11 +1,15 @@
 //! The host bridge: configuration mechanism #1 (PCI 3.0, 3.2.2.3.2), the memory-mapped configuration space of PCI
-//! Express, and the functions on bus 0.
+//! Express, and the functions on bus 0 and behind its root ports.
 
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use super::{ConfigSpace, ConfigSpaceState, Identity, PciAddress, PciFunction, decode_ecam};
+use super::assign::Assignment;
+use super::{
+    BridgeWindows, ConfigSpace, ConfigSpaceState, Identity, PciAddress, PciRanges, PciWindows,
+    SharedFunction, decode_ecam, lock,
+};
 use crate::lanes::{read_dwords, write_dwords};
 use crate::reset::ResetControl;
 use crate::{Access, Device};
@@ -25,9 +29,9 @@ const RESET: u64 = 1;
 /// Offset of CONFIG_DATA.
 const DATA: u64 = 4;
 
-/// There is a function already where one was to be put.
+/// No function can be put there: there is one already, or no root port leads there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("PCI 00:{:02x}.{:x} is taken", .0.device, .0.function)]
+#[error("nothing can be plugged in at PCI {0}")]
 pub struct SlotTaken(pub PciAddress);
 
 /// The host bridge and the functions that are plugged in.
@@ -38,8 +42,10 @@ pub struct PciHost {
     address: u32,
     reset: ResetControl,
     bridge: ConfigSpace,
-    functions: BTreeMap<u8, Box<dyn PciFunction>>,
+    /// By their place at power-up, which is their name for ever: behind a root port, the bus is the port's at power-up.
+    functions: BTreeMap<PciAddress, SharedFunction>,
     ecam_buses: u16,
+    windows: PciWindows,
 }
 
 /// Saved state of a [`PciHost`]; functions that are plugged in save theirs.
@@ -55,7 +61,7 @@ pub struct PciHostState {
 
 impl std::fmt::Debug for PciHost {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let functions: Vec<_> = self.functions.keys().collect();
+        let functions: Vec<_> = self.functions.keys().map(ToString::to_string).collect();
         f.debug_struct("PciHost").field("state", &self.state()).field("functions", &functions).finish()
     }
 }
@@ -66,10 +72,11 @@ impl PciHost {
     /// Offset of the memory-mapped configuration space.
     pub const ECAM: u64 = 1 << 32;
 
-    /// A bridge whose memory-mapped space covers `ecam_buses` buses (1 to 256), with nothing plugged in.
+    /// A bridge whose memory-mapped space covers `ecam_buses` buses (1 to 256), with nothing plugged in. Functions can
+    /// answer in `windows`.
     ///
     /// It calls itself the generic PCI Express host bridge (1b36:0008), for which systems have no quirks.
-    pub fn new(ecam_buses: u16) -> Self {
+    pub fn new(ecam_buses: u16, windows: PciWindows) -> Self {
         let id = Identity { vendor: 0x1b36, device: 0x0008, class: 0x06_00_00, ..Identity::default() };
         Self {
             address: 0,
@@ -77,6 +84,7 @@ impl PciHost {
             bridge: ConfigSpace::new(id),
             functions: BTreeMap::new(),
             ecam_buses: ecam_buses.clamp(1, 256),
+            windows,
         }
     }
 
@@ -85,19 +93,80 @@ impl PciHost {
         u64::from(self.ecam_buses) << 20
     }
 
-    /// Plugs in a function of bus 0. Systems look for functions 1 to 7 only where function 0 says that there are
-    /// several (bit 7 of its header type).
-    pub fn insert(&mut self, at: PciAddress, function: Box<dyn PciFunction>) -> Result<(), SlotTaken> {
-        if at.bus != 0 || at.devfn() == 0 || self.functions.contains_key(&at.devfn()) {
+    /// Plugs in a function on bus 0 or behind a root port ([`PciAddress::behind`]). Systems look for functions 1 to 7 only
+    /// where function 0 says that there are several (bit 7 of its header type).
+    pub fn insert(
+        &mut self,
+        access: &mut Access,
+        at: PciAddress,
+        function: SharedFunction,
+    ) -> Result<(), SlotTaken> {
+        let possible = if at.bus == 0 { at.devfn() != 0 } else { at.devfn() == 0 };
+        if !possible || self.functions.contains_key(&at) {
             return Err(SlotTaken(at));
         }
-        self.functions.insert(at.devfn(), function);
+        if at.bus != 0 {
+            lock(self.port_at_power_up(at.bus).ok_or(SlotTaken(at))?).set_occupied(access, true);
+        }
+        self.functions.insert(at, function);
         Ok(())
     }
 
     /// Unplugs a function.
-    pub fn remove(&mut self, at: PciAddress) -> Option<Box<dyn PciFunction>> {
-        if at.bus == 0 { self.functions.remove(&at.devfn()) } else { None }
+    pub fn remove(&mut self, access: &mut Access, at: PciAddress) -> Option<SharedFunction> {
+        let function = self.functions.remove(&at)?;
+        if let Some(port) = self.port_at_power_up(at.bus).filter(|_| at.bus != 0) {
+            lock(port).set_occupied(access, false);
+        }
+        access.effects.pci_ranges = Some(self.ranges());
+        Some(function)
+    }
+
+    /// Gives all ranges their places, as firmware does at power-up.
+    pub fn assign(&mut self) {
+        let mut room = Assignment::new(&self.windows);
+        for (at, function) in &self.functions {
+            match (at.bus, self.port_at_power_up(at.bus)) {
+                (0, _) => room.on_bus_0(lock(function).space_mut()),
+                (_, Some(port)) => room.behind(lock(port).space_mut(), lock(function).space_mut()),
+                (_, None) => {}
+            }
+        }
+    }
+
+    /// Root ports with what they forward now.
+    fn ports(&self) -> impl Iterator<Item = (&SharedFunction, BridgeWindows)> {
+        let on_bus_0 = self.functions.iter().filter(|(at, _)| at.bus == 0);
+        on_bus_0.filter_map(|(_, function)| Some((function, lock(function).space().windows()?)))
+    }
+
+    /// The root port whose bus was `bus` at power-up.
+    fn port_at_power_up(&self, bus: u8) -> Option<&SharedFunction> {
+        self.ports().map(|(port, _)| port).find(|port| lock(port).space().initial_secondary_bus() == bus)
+    }
+
+    /// The function that a guest reaches at `at` now.
+    fn function(&self, at: PciAddress) -> Option<&SharedFunction> {
+        if at.bus == 0 {
+            return self.functions.get(&at);
+        }
+        let (port, _) = self.ports().find(|(_, windows)| windows.secondary == at.bus)?;
+        let bus = lock(port).space().initial_secondary_bus();
+        self.functions.get(&PciAddress { bus, ..at })
+    }
+
+    /// Where all functions answer now.
+    fn ranges(&self) -> PciRanges {
+        let mut ranges = PciRanges::default();
+        for (&at, function) in &self.functions {
+            let port = if at.bus == 0 { None } else { self.port_at_power_up(at.bus) };
+            let forwarded = port.and_then(|port| lock(port).space().windows());
+            ranges.add(at, function, |range| {
+                self.windows.hold(range)
+                    && (at.bus == 0 || forwarded.as_ref().is_some_and(|windows| windows.hold(range)))
+            });
+        }
+        ranges
     }
 
     /// The state to save.
@@ -117,8 +186,7 @@ impl PciHost {
         let register = register & 0xffc;
         match (at.bus, at.devfn()) {
             (0, 0) => self.bridge.read(register),
-            (0, devfn) => self.functions.get_mut(&devfn).map_or(!0, |f| f.config_read(access, register)),
-            _ => !0,
+            _ => self.function(at).map_or(!0, |function| lock(function).config_read(access, register)),
         }
     }
 
@@ -132,14 +200,18 @@ impl PciHost {
         enables: u8,
     ) {
         let register = register & 0xffc;
-        match (at.bus, at.devfn()) {
-            (0, 0) => self.bridge.write(register, value, enables),
-            (0, devfn) => {
-                if let Some(f) = self.functions.get_mut(&devfn) {
-                    f.config_write(access, register, value, enables);
-                }
-            }
-            _ => {}
+        if (at.bus, at.devfn()) == (0, 0) {
+            self.bridge.write(register, value, enables);
+            return;
+        }
+        let Some(function) = self.function(at) else { return };
+        let mut locked = lock(function);
+        let before = (locked.space().bars(), locked.space().windows());
+        locked.config_write(access, register, value, enables);
+        let moved = (locked.space().bars(), locked.space().windows()) != before;
+        drop(locked);
+        if moved {
+            access.effects.pci_ranges = Some(self.ranges());
         }
     }
 
@@ -201,114 +273,18 @@ impl Device for PciHost {
         }
     }
 
-    /// Resets the functions that are plugged in too.
+    /// Resets the functions that are plugged in too, and does firmware's part.
     fn reset(&mut self, access: &mut Access) {
         self.address = 0;
         self.reset = ResetControl::default();
         self.bridge.reset();
-        for function in self.functions.values_mut() {
-            function.reset(access);
+        for function in self.functions.values() {
+            lock(function).reset(access);
         }
+        self.assign();
+        access.effects.pci_ranges = Some(self.ranges());
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::{Effects, Power};
-
-    struct Dummy(ConfigSpace);
-    impl PciFunction for Dummy {
-        fn config_read(&mut self, _: &mut Access, register: u16) -> u32 {
-            self.0.read(register)
-        }
-        fn config_write(&mut self, _: &mut Access, register: u16, value: u32, enables: u8) {
-            self.0.write(register, value, enables);
-        }
-        fn reset(&mut self, _: &mut Access) {
-            self.0.reset();
-        }
-    }
-
-    fn host() -> PciHost {
-        let mut host = PciHost::new(256);
-        let id = Identity { vendor: 0x1af4, device: 0x1042, ..Identity::default() };
-        host.insert(PciAddress::new(3, 0), Box::new(Dummy(ConfigSpace::new(id)))).unwrap();
-        host
-    }
-    fn read<const N: usize>(host: &mut PciHost, offset: u64) -> [u8; N] {
-        let mut data = [0; N];
-        host.read(&mut Access { now: 0, effects: &mut Effects::default() }, offset, &mut data);
-        data
-    }
-    fn write(host: &mut PciHost, offset: u64, data: &[u8]) -> Option<Power> {
-        let mut effects = Effects::default();
-        host.write(&mut Access { now: 0, effects: &mut effects }, offset, data);
-        effects.power
-    }
-    fn dword(host: &mut PciHost, address: u32) -> u32 {
-        write(host, 0, &address.to_le_bytes());
-        u32::from_le_bytes(read(host, 4))
-    }
-
-    /// The steps of Linux's `pci_check_type1` and `pci_sanity_check` (arch/x86/pci/direct.c).
-    #[test]
-    fn linux_finds_mechanism_1() {
-        let mut host = host();
-        write(&mut host, 3, &[1]);
-        write(&mut host, 0, &0x8000_0000u32.to_le_bytes());
-        assert_eq!(u32::from_le_bytes(read(&mut host, 0)), 0x8000_0000);
-        assert_eq!(dword(&mut host, 0x8000_0008) >> 16, 0x0600);
-        assert_eq!(dword(&mut host, 0x8000_1800), 0x1042_1af4);
-        assert_eq!(dword(&mut host, 0x8000_1900), !0);
-        assert_eq!(dword(&mut host, 0x8001_0000), !0);
-        assert_eq!(dword(&mut host, 0x0000_0000), !0, "not enabled");
-    }
-
-    #[test]
-    fn data_takes_bytes_and_words() {
-        let mut host = host();
-        dword(&mut host, 0x8000_1800);
-        assert_eq!(read::<2>(&mut host, 6), [0x42, 0x10]);
-        assert_eq!(read::<1>(&mut host, 5), [0x1a]);
-        dword(&mut host, 0x8000_1804);
-        write(&mut host, 5, &[0xff]);
-        assert_eq!(read::<4>(&mut host, 4), [0, 4, 0, 0]);
-        assert_eq!(read::<4>(&mut host, 2), [0xff, 0xff, 0, 4]);
-    }
-
-    #[test]
-    fn the_reset_register_takes_bytes_only() {
-        let mut host = host();
-        assert_eq!(write(&mut host, 0, &[0, 6, 0, 0x80]), None);
-        assert_eq!(write(&mut host, 1, &[6, 0]), None);
-        assert_eq!(write(&mut host, 1, &[2]), None);
-        assert_eq!(read::<1>(&mut host, 1), [2]);
-        assert_eq!(write(&mut host, 1, &[6]), Some(Power::Reset));
-        assert_eq!(read::<1>(&mut host, 0), [0xff]);
-        assert_eq!(u32::from_le_bytes(read(&mut host, 0)), 0x8000_0600, "CONFIG_ADDRESS is untouched");
-    }
-
-    #[test]
-    fn memory_mapped_space_reaches_the_same_functions() {
-        let mut host = host();
-        let at = PciHost::ECAM + (3 << 15);
-        assert_eq!(read::<8>(&mut host, at), [0xf4, 0x1a, 0x42, 0x10, 0, 0, 0, 0]);
-        write(&mut host, at + 4, &[7, 0]);
-        assert_eq!(dword(&mut host, 0x8000_1804), 7);
-        assert_eq!(read::<4>(&mut host, PciHost::ECAM + (1 << 20)), [0xff; 4]);
-        assert_eq!(read::<4>(&mut host, PciHost::ECAM + (1 << 28) + (3 << 15)), [0xff; 4]);
-        assert_eq!(decode_ecam(0x0ab1_9123), (PciAddress { bus: 0xab, device: 3, function: 1 }, 0x123));
-    }
-
-    #[test]
-    fn slots_are_taken_once() {
-        let mut host = host();
-        for (device, taken) in [(0, true), (3, true), (4, false)] {
-            let f = Box::new(Dummy(ConfigSpace::new(Identity::default())));
-            assert_eq!(host.insert(PciAddress::new(device, 0), f).is_err(), taken);
-        }
-        assert!(host.remove(PciAddress::new(3, 0)).is_some());
-        assert_eq!(dword(&mut host, 0x8000_1800), !0);
-    }
-}
+mod tests;

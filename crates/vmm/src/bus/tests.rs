@@ -1,6 +1,7 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use ruse_devices::pci::PciWindows;
 use ruse_devices::rtc::{Rtc, RtcConfig};
 use ruse_engine::Clock;
 
@@ -11,7 +12,8 @@ use crate::platform::{Platform, lock, number};
 use crate::report::Outcome;
 
 fn board(cpus: u32) -> (Board, Vec<Arc<FakeHandle>>) {
-    let platform = Platform::new(Rtc::new(RtcConfig::default()), true).unwrap();
+    let windows = PciWindows { ports: 0x1000..=0xffff, memory: vec![0xc000_0000..=0xdfff_ffff] };
+    let platform = Platform::new(Rtc::new(RtcConfig::default()), true, windows).unwrap();
     let lifecycle = Arc::new(Lifecycle::new(cpus).unwrap());
     let board = Board::new(cpus, Arc::new(Clock::start()), platform, lifecycle, None).unwrap();
     let handles: Vec<Arc<FakeHandle>> = (0..cpus).map(|_| Arc::default()).collect();
