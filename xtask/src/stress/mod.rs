@@ -2,6 +2,7 @@
 //! find has to be the same.
 
 mod answers;
+mod checks;
 mod guest;
 mod progress;
 
@@ -9,11 +10,12 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use clap::Args;
 use serde_json::json;
 
 use answers::Answers;
+use checks::Checks;
 use guest::Guest;
 use progress::Progress;
 
@@ -84,7 +86,10 @@ pub fn run(options: &Options) -> Result<()> {
     } else {
         println!("seed {seed}: {} programs ({})", done.total(), kinds.join(", "));
     }
-    result.with_context(|| format!("seed {seed}"))
+    let vcpus = options.vcpus;
+    result.with_context(|| {
+        format!("seed {seed} (one program again: cargo xtask stress --vcpus {vcpus} --only NAME)")
+    })
 }
 
 fn by_the_clock() -> u64 {
@@ -94,56 +99,44 @@ fn by_the_clock() -> u64 {
 /// Listens to the guest and has each of its answers repeated here.
 fn compare(options: &Options, seed: u64, done: &mut Done) -> Result<()> {
     let guest = Guest::prepare(options)?;
-    let mut here = Answers::start(&guest.program)?;
     if let Some(only) = &options.only {
-        here.find(only)?;
+        Answers::start(&guest.program)?.find(only)?;
     }
+    let checks = Checks::start(&guest.program)?;
     let mut progress = Progress::new(Duration::from_secs_f64(options.minutes * 60.0));
     let mut run = guest.start(options, seed, SILENCE)?;
     while let Some((_, line)) = run.next_line()? {
         run.allow(SILENCE);
-        let failure = match Said::by(&line) {
+        let said = match Said::by(&line) {
             Said::Up => {
                 progress.begin();
-                continue;
+                Ok(())
             }
             Said::Done => {
                 done.whole = true;
-                continue;
+                Ok(())
             }
-            Said::Other => continue,
-            Said::Found { name, digest } => {
-                let expected = here.find(name)?;
-                done.add(name);
-                progress.show(done.total());
-                if digest == expected {
-                    continue;
-                }
-                // A host that is a virtual machine itself does not always get single steps right under load: what it
-                // finds now and then is no measure.
-                if here.find_again(name, digest)? {
-                    eprintln!("{name}: this host found {expected} first, {digest} later");
-                    continue;
-                }
-                format!("{name}: the guest found {digest}, this host {expected} ({})", again(options, name))
-            }
-            Said::Failed { name, what } => format!("{name}: {what} ({})", again(options, name)),
-            Said::Trouble => line,
+            Said::Other => Ok(()),
+            Said::Found { name, digest } => checks.add(name, digest),
+            Said::Failed { name, what } => Err(anyhow!("{name}: {what}")),
+            Said::Trouble => Err(anyhow!("{line}")),
         };
-        progress.end();
-        eprintln!("{}", run.last_and_next_lines());
-        bail!(failure);
+        match said.and_then(|()| checks.compared()) {
+            Ok(names) => names.iter().for_each(|name| done.add(name)),
+            Err(failure) => {
+                progress.end();
+                eprintln!("{}", run.last_and_next_lines());
+                return Err(failure);
+            }
+        }
+        progress.show(done.total());
     }
     progress.end();
     let (status, _) = run.wait()?;
     ensure!(status.success() && done.whole, "the guest ended early, with {status}:\n{}", run.last_lines());
+    checks.finish()?.iter().for_each(|name| done.add(name));
     ensure!(done.total() > 0, "no program came to its end:\n{}", run.last_lines());
     Ok(())
-}
-
-/// How to run a program once more.
-fn again(options: &Options, name: &str) -> String {
-    format!("again: cargo xtask stress --vcpus {} --only {name}", options.vcpus)
 }
 
 /// What a line of the guest says.
