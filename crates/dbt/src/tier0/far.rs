@@ -91,22 +91,29 @@ fn look_up(cpu: &mut Cpu, selector: u16) -> Result<Target, Exception> {
 }
 
 /// The checks of a direct transfer to a code segment at the same level; the segment with RPL = CPL.
-fn same_level(cpu: &mut Cpu, mut cs: Segment, rip: u64, use_rpl: bool) -> Result<Segment, Exception> {
+fn same_level(cpu: &mut Cpu, cs: Segment, rip: u64, use_rpl: bool) -> Result<Segment, Exception> {
     let (selector, cpl) = (cs.selector, cpu.mode.cpl);
     let conforming = cs.attr & Segment::EXPAND_DOWN != 0;
     let allowed =
         if conforming { cs.dpl() <= cpl } else { cs.dpl() == cpl && (!use_rpl || rpl(selector) <= cpl) };
+    let mut cs = checked_code(cpu, cs, allowed, rip)?;
+    cs.selector = selector & !3 | u16::from(cpl);
+    Ok(cs)
+}
+
+/// A code segment to go to, marked as accessed; `allowed` says whether the levels let one go there.
+fn checked_code(cpu: &mut Cpu, mut cs: Segment, allowed: bool, rip: u64) -> Result<Segment, Exception> {
+    let error = code_of(cs.selector, 0);
     if !allowed || !valid_code(cpu, &cs) {
-        return Err(Exception::gp(code_of(selector, 0)));
+        return Err(Exception::gp(error));
     }
     if !cs.is_present() {
-        return Err(Exception::np(code_of(selector, 0)));
+        return Err(Exception::np(error));
     }
     if !valid_target(cpu, &cs, rip) {
         return Err(Exception::gp(0));
     }
     cpu.mark_accessed(&mut cs)?;
-    cs.selector = selector & !3 | u16::from(cpl);
     Ok(cs)
 }
 
@@ -284,21 +291,11 @@ pub(super) fn return_segment(cpu: &mut Cpu, selector: u16, rip: u64) -> Result<S
     if is_null(selector) {
         return Err(Exception::gp(0));
     }
-    let mut cs = cpu.descriptor(selector, Exception::gp, 0)?;
+    let cs = cpu.descriptor(selector, Exception::gp, 0)?;
     let conforming = cs.attr & Segment::EXPAND_DOWN != 0;
     let level = rpl(selector);
-    let level_ok = level >= cpu.mode.cpl && if conforming { cs.dpl() <= level } else { cs.dpl() == level };
-    if !valid_code(cpu, &cs) || !level_ok {
-        return Err(Exception::gp(code_of(selector, 0)));
-    }
-    if !cs.is_present() {
-        return Err(Exception::np(code_of(selector, 0)));
-    }
-    if !valid_target(cpu, &cs, rip) {
-        return Err(Exception::gp(0));
-    }
-    cpu.mark_accessed(&mut cs)?;
-    Ok(cs)
+    let allowed = level >= cpu.mode.cpl && if conforming { cs.dpl() <= level } else { cs.dpl() == level };
+    checked_code(cpu, cs, allowed, rip)
 }
 
 /// SS of a return to the level of `cs`, checked: null is allowed on the way to 64-bit code below level 3.

@@ -91,8 +91,6 @@ pub struct Emitter<'a> {
     pub(super) plan: Plan,
     /// Where a region that is a loop goes on after a round.
     pub(super) round: Round,
-    /// The beginning of a loop's first copy.
-    pub(super) first_copy: u64,
     /// Groups whose way to host memory is in a register.
     pub(super) pins: Vec<(u8, u8)>,
     /// The node that is being made.
@@ -136,7 +134,6 @@ impl<'a> Emitter<'a> {
             in_host: false,
             plan: Plan::default(),
             round: Round::Only(0),
-            first_copy: 0,
             pins: Vec::new(),
             node: 0,
             thunks,
@@ -342,10 +339,15 @@ impl<'a> Emitter<'a> {
     /// Puts the flags into the block if one of `live` would be lost with the host's flags.
     pub(super) fn spill_flags(&mut self, live: u32) {
         if live != 0 && self.in_host && !self.in_block {
-            self.asm.bytes(&[0x9c]); // pushfq
-            self.asm.mem(&[], false, &[0x8f], 0, block::ARITH); // pop [arith]
+            self.save_flags();
             self.in_block = true;
         }
+    }
+
+    /// Puts the host's flags into the block.
+    pub(super) fn save_flags(&mut self) {
+        self.asm.bytes(&[0x9c]); // pushfq
+        self.asm.mem(&[], false, &[0x8f], 0, block::ARITH); // pop [arith]
     }
 
     /// Puts the flags `needed` into the host's flags. Says whether all of them are there now.

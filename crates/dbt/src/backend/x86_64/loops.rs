@@ -39,8 +39,8 @@ pub(super) enum Round {
     Only(u64),
     /// Of the first copy: the loop's beginning, and displacements that lead to the second copy.
     First(u64, Vec<usize>),
-    /// Of the second: its beginning, and what comes before it.
-    Second { top: u64, again: u64 },
+    /// Of the second: its beginning, what comes before it, and the beginning of the first.
+    Second { top: u64, again: u64, first: u64 },
 }
 
 impl Emitter<'_> {
@@ -69,7 +69,7 @@ impl Emitter<'_> {
                 self.asm.jcc(cc::NB, top);
                 further.push(self.asm.jmp(0));
             }
-            (&mut Round::Second { top, again }, Some((register, _))) => {
+            (&mut Round::Second { top, again, .. }, Some((register, _))) => {
                 let r = self.loaded(register, T0);
                 self.asm.mem(&[], true, &[0x3b], r, block::LAST_ROUND); // cmp r, [last]
                 self.asm.jcc(cc::NE, top);
@@ -87,7 +87,7 @@ impl Emitter<'_> {
     /// The second copy of a loop, if there is one.
     pub(super) fn second_copy(&mut self, region: &Region) {
         let Round::First(first, further) = &mut self.round else { return };
-        self.first_copy = *first;
+        let first = *first;
         for at in std::mem::take(further) {
             self.asm.bind(at);
         }
@@ -106,7 +106,7 @@ impl Emitter<'_> {
             self.asm.load(register, block::group_host(group));
         }
         self.plan.strides = strides;
-        self.round = Round::Second { top: self.asm.here(), again };
+        self.round = Round::Second { top: self.asm.here(), again, first };
         self.rounds.start = self.asm.code.len() as u32;
         self.nodes(region);
         self.rounds.end = self.asm.code.len() as u32;
@@ -189,12 +189,13 @@ impl Emitter<'_> {
 
     /// Out of line: the rounds go on in the first copy for a while.
     pub(super) fn without_strides(&mut self, table: bool) {
+        let Round::Second { first, .. } = self.round else { unreachable!("only a second copy has strides") };
         let rounds = if table { PATIENT_ROUNDS } else { OTHER_ROUNDS };
         self.asm.store_imm32(block::ROUNDS, rounds);
         if table {
             self.asm.store_imm32(block::first_rounds(self.start), rounds);
         }
-        self.asm.jmp(self.first_copy);
+        self.asm.jmp(first);
     }
 
     /// What the counting register will be when the pages have to be looked up again.

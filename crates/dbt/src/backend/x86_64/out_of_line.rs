@@ -5,7 +5,6 @@ use super::{
         Mem, Relocated, cc,
         host::{T0, T1},
     },
-    block,
     emit::{Emitter, Mark},
     groups::Lead,
 };
@@ -91,8 +90,7 @@ impl Emitter<'_> {
                 StubKind::Exit { target, save_flags } => {
                     self.asm.bind(branch);
                     if save_flags {
-                        self.asm.bytes(&[0x9c]);
-                        self.asm.mem(&[], false, &[0x8f], 0, block::ARITH);
+                        self.save_flags();
                     }
                     self.exit_to(target);
                 }

@@ -1,6 +1,6 @@
 //! Operands of general-purpose instructions: reading, writing, and changing in one go.
 
-use iced_x86::{Instruction, OpKind};
+use iced_x86::{Instruction, OpKind, Register};
 use ruse_arch::{Exception, paging::Access};
 
 use super::atomic;
@@ -16,6 +16,16 @@ pub fn size_of(i: &Instruction, n: u32) -> usize {
     match i.op_kind(n) {
         OpKind::Register => i.op_register(n).size(),
         _ => i.memory_size().size(),
+    }
+}
+
+/// The register of so many bytes that instructions have as an operand without naming it.
+pub fn accumulator(size: usize) -> Register {
+    match size {
+        1 => Register::AL,
+        2 => Register::AX,
+        4 => Register::EAX,
+        _ => Register::RAX,
     }
 }
 

@@ -1,6 +1,6 @@
 //! Exchanges: XCHG, XADD, CMPXCHG and its wide forms.
 
-use iced_x86::{Instruction, Mnemonic, OpKind, Register};
+use iced_x86::{Instruction, Mnemonic, OpKind};
 use ruse_arch::{
     Exception,
     flags::rflags::ZF,
@@ -9,7 +9,7 @@ use ruse_arch::{
 };
 
 use super::{
-    access::size_of,
+    access::{accumulator, size_of},
     atomic,
     flags::{add, flag, sub},
 };
@@ -55,15 +55,6 @@ fn xadd(cpu: &mut Cpu, insn: &Insn) -> Result<(), Exception> {
     };
     cpu.set_arith(add(a, b, 0, size).1);
     Ok(())
-}
-
-fn accumulator(size: usize) -> Register {
-    match size {
-        1 => Register::AL,
-        2 => Register::AX,
-        4 => Register::EAX,
-        _ => Register::RAX,
-    }
 }
 
 fn cmpxchg(cpu: &mut Cpu, insn: &Insn) -> Result<(), Exception> {

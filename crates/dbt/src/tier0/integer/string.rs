@@ -1,6 +1,6 @@
 //! String instructions but those of ports: MOVS, STOS, LODS, CMPS, SCAS with their prefixes.
 
-use iced_x86::{Code, Instruction, OpKind, Register};
+use iced_x86::{Code, Instruction, OpKind};
 use ruse_arch::{
     Exception,
     flags::rflags::{DF, TF, ZF},
@@ -11,7 +11,7 @@ use ruse_arch::{
     },
 };
 
-use super::flags::sub;
+use super::{access::accumulator, flags::sub};
 use crate::{
     cpu::{Cpu, Who},
     mmu::access::{self, Place},
@@ -224,15 +224,6 @@ impl Op {
             }
         }
         cpu.ram_written(to, len);
-    }
-}
-
-fn accumulator(size: usize) -> Register {
-    match size {
-        1 => Register::AL,
-        2 => Register::AX,
-        4 => Register::EAX,
-        _ => Register::RAX,
     }
 }
 
