@@ -22,12 +22,14 @@ use crate::{
 };
 
 /// How often the one vCPU accesses all of the bytes. The other accesses its part of them all the time.
-const TIMES: u32 = 2_000;
+const TIMES: u32 = 600;
 /// Where the programs of the vCPUs are.
 const WHOLE: u64 = CODE;
 const PART: u64 = CODE + 0x1000;
 /// 1 when the other vCPU has begun, 2 when all accesses are made.
 const TURN: u64 = DATA + 0x3000;
+/// A function that gives the number behind its first byte, on a page of its own.
+const FUNCTION: u64 = CODE + 0x2000;
 
 /// An access to what RDI leads to; the round is in ECX. What goes wrong is counted in R15.
 type Access = fn(&mut CodeAssembler) -> Result<(), IcedError>;
@@ -117,6 +119,7 @@ fn lost(at: u64, accesses: [Access; 2], tiers: [Option<u8>; 2]) -> (u32, u32, u6
     let mut machine = Machine::long();
     machine.write(WHOLE, &assemble(WHOLE, whole(at, accesses[0])));
     machine.write(PART, &assemble(PART, part(at, accesses[1])));
+    machine.write(FUNCTION, &[0xb8, 0, 0, 0, 0, 0xc3]);
     let mut second = second_cpu(&mut machine);
     second.gpr[reg::RSP] -= 0x1000;
     (machine.cpu.rip, second.rip) = (WHOLE, PART);
@@ -211,5 +214,28 @@ fn a_locked_access_over_a_line_or_a_page_is_one_for_other_vcpus() {
                 }
             }
         }
+    }
+}
+
+#[test]
+fn a_vcpu_that_waits_to_translate_does_not_keep_one_from_being_alone() {
+    // Tier 0 executes the addition within a call of generated code, which may write to the function's page.
+    let whole: Access = |a| {
+        a.mov(rbx, FUNCTION + 0x800)?;
+        a.mov(dword_ptr(rbx), ecx)?;
+        a.xacquire().lock().inc(qword_ptr(rdi))
+    };
+    // The function is changed, so that it has to be translated, for which the other's writes have to end.
+    let part: Access = |a| {
+        a.mov(rbx, FUNCTION)?;
+        a.mov(dword_ptr(rbx + 1), ecx)?;
+        a.call(rbx)?;
+        a.xor(eax, ecx)?;
+        a.add(r15, rax)?;
+        a.lock().add(dword_ptr(rdi + 4), 1)
+    };
+    // It takes both at once.
+    for _ in 0..100 {
+        assert_eq!(lost(DATA + 4096 - 4, [whole, part], [None, None]), (0, 0, 0));
     }
 }
