@@ -1,0 +1,27 @@
+//! virtio 1.2: rings, transports and devices.
+//!
+//! A device has two sides. What the guest's CPUs see is a [`Device`] in a [`Core`] behind a transport ([`VirtioPci`],
+//! [`VirtioMmio`]): registers, without threads and host calls. What serves a queue is a [`Handler`] in a thread of the
+//! machine: it borrows the queue from the transport ([`Core::begin`]) and gives it back ([`Core::finish`]); only in between
+//! does it touch guest memory. A reset that the guest asks for meanwhile is complete when the queue has come back, which
+//! the guest sees in the status register.
+
+pub mod block;
+mod chain;
+mod core;
+mod device;
+mod dma;
+pub mod entropy;
+pub mod features;
+mod mmio;
+mod pci;
+pub mod ring;
+#[cfg(test)]
+mod testing;
+
+pub use self::core::{Core, CoreState, Notice, Work};
+pub use chain::{Buffer, Chain};
+pub use device::{Device, Handler, Identity, Served, serve};
+pub use dma::{Dma, GuestSlice};
+pub use mmio::{VirtioMmio, VirtioMmioState};
+pub use pci::{VirtioPci, VirtioPciState};

@@ -1,0 +1,30 @@
+//! A device for tests of the registers: it gives every chain back at once.
+
+use crate::core::Work;
+use crate::device::{Device, Handler, Identity, Served, serve};
+use crate::dma::Dma;
+use crate::ring::RingError;
+
+/// Two queues, one feature, and a configuration of five bytes.
+pub(crate) struct Echo;
+
+impl Device for Echo {
+    fn identity(&self) -> Identity {
+        Identity { kind: 42, pci_class: 0xff_00_00 }
+    }
+    fn features(&self) -> u64 {
+        1 << 5
+    }
+    fn queues(&self) -> Vec<u16> {
+        vec![8, 16]
+    }
+    fn config(&self) -> Vec<u8> {
+        vec![1, 2, 3, 4, 5]
+    }
+}
+
+impl Handler for Echo {
+    fn serve(&mut self, work: &mut Work, dma: &Dma) -> Result<Served, RingError> {
+        serve(&mut work.queue, dma, |chain| Ok(chain.writable_len() as u32))
+    }
+}
