@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use ruse_vmm::config::format_size;
-use ruse_vmm::{Control, MachineInfo, Phase};
+use ruse_vmm::{Control, DiskInfo, MachineInfo, Phase};
 
 /// The prompt.
 pub const PROMPT: &str = "(ruse) ";
@@ -13,6 +13,7 @@ const LINE_LIMIT: usize = 256;
 const HELP: &str = "\
 info      what the machine is doing
 stats     what its engine has counted
+disks     its disks; the guest is told where their size has changed
 pause     hold it
 resume    let it run on
 reset     reset it
@@ -73,6 +74,7 @@ pub fn command(line: &str, control: &Control) -> Answer {
         "" => return Answer::Leave,
         "info" | "i" => describe(&control.info()),
         "stats" => counters(&control.info()),
+        "disks" => disks(control),
         "pause" | "stop" => {
             control.pause();
             "paused\n".into()
@@ -118,6 +120,19 @@ pub fn describe(info: &MachineInfo) -> String {
         let _ = writeln!(text, "vcpu{}: {activity}{held}{rip}", vcpu.id);
     }
     text
+}
+
+/// A machine's disks for people.
+fn disks(control: &Control) -> String {
+    let line = |disk: &DiskInfo| {
+        let access = if disk.read_only { ", read-only" } else { "" };
+        format!("{}: {}{access}\n", disk.path.display(), format_size(disk.size))
+    };
+    match control.refresh_disks() {
+        Ok(disks) if disks.is_empty() => "it has none\n".into(),
+        Ok(disks) => disks.iter().map(line).collect(),
+        Err(error) => format!("cannot look at a disk: {error}\n"),
+    }
 }
 
 /// What a machine's engine has counted, for people.

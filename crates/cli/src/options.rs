@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 use ruse_vmm::config::{Topology, parse_size};
-use ruse_vmm::{Accel, CpuModel, SerialMode};
+use ruse_vmm::{Accel, CpuModel, DiskConfig, SerialMode};
 
 /// What follows the help.
 const EXIT_CODES: &str = "\
@@ -38,7 +38,7 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Boots a machine; without a kernel, the default guest.
-    Run(RunOptions),
+    Run(Box<RunOptions>),
     /// Says what this host offers to machines.
     Doctor(DoctorOptions),
 }
@@ -74,6 +74,9 @@ pub struct RunOptions {
     /// The first serial port: stdio, null or file=PATH.
     #[arg(long, value_name = "WHERE", default_value = "stdio")]
     pub serial: SerialMode,
+    /// A disk in a file or block device: PATH[,readonly][,serial=TEXT][,queues=N]. May be given several times.
+    #[arg(long = "disk", value_name = "DISK")]
+    pub disks: Vec<DiskConfig>,
     /// Empty slots for PCI devices, 0 to 8.
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub slots: u8,

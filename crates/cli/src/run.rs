@@ -56,6 +56,7 @@ fn config(options: &RunOptions) -> MachineConfig {
         cmdline,
         serial: options.serial.clone(),
         debug_exit: options.debug_exit,
+        disks: options.disks.clone(),
         slots: options.slots,
         accel: options.accel,
         tier: options.tier,
@@ -112,6 +113,8 @@ fn describe(config: &MachineConfig, choice: &Choice) -> String {
         SerialMode::Null => "null".into(),
         SerialMode::File(path) => path.display().to_string(),
     };
+    let disks: Vec<_> = config.disks.iter().map(|disk| disk.path.display().to_string()).collect();
+    let disks = if disks.is_empty() { "none".to_owned() } else { disks.join(" ") };
     let lines = [
         ("name", config.name.clone()),
         ("engine", format!("{}: {}", engine_name(choice.engine), choice.reason)),
@@ -130,6 +133,7 @@ fn describe(config: &MachineConfig, choice: &Choice) -> String {
         ("initrd", initrd),
         ("cmdline", config.cmdline.clone()),
         ("serial", serial),
+        ("disks", disks),
         ("debug exit", if config.debug_exit { "port 0xf4" } else { "none" }.into()),
     ];
     lines.iter().map(|(name, value)| format!("{name:11} {value}\n")).collect()

@@ -11,8 +11,10 @@ use ruse_devices::{Access, Device, Effects};
 use ruse_engine::{Clock, LocalApics, Message, VcpuHandle, Vm};
 
 use crate::alarm::Alarm;
+use crate::bells::Bells;
 use crate::lifecycle::Lifecycle;
 use crate::platform::{Platform, lock, number};
+use crate::virtio::Gate;
 use crate::wires::Wires;
 
 /// The alarm's slot of the local APICs' timers.
@@ -68,6 +70,10 @@ pub(crate) struct Board {
     lines: Vec<Arc<CpuLine>>,
     handles: OnceLock<Vec<Arc<dyn VcpuHandle>>>,
     vm: Option<Arc<dyn Vm>>,
+    /// The doorbells of devices.
+    pub(crate) bells: Bells,
+    /// Where those pass who serve devices.
+    pub(crate) gate: Gate,
     /// The I/O thread holds input back for lack of room in COM1.
     input_waits: AtomicBool,
 }
@@ -98,6 +104,8 @@ impl Board {
             lines,
             handles: OnceLock::new(),
             vm,
+            bells: Bells::default(),
+            gate: Gate::default(),
             input_waits: AtomicBool::new(false),
         })
     }
@@ -114,9 +122,10 @@ impl Board {
         self.lines.get(vcpu as usize).map(|line| &**line)
     }
 
-    /// Makes all vCPUs leave `run`.
+    /// Makes all vCPUs leave `run`, and all who serve devices look whether the machine has ended.
     pub(crate) fn kick_all(&self) {
         self.handles.get().into_iter().flatten().for_each(|handle| handle.kick());
+        self.bells.ring_all();
     }
 
     /// Accesses a device and carries out its side effects. `vcpu` is who makes the access, if it is one.
@@ -133,6 +142,7 @@ impl Board {
             self.settle(device, target, &mut effects)
         });
         self.carry_out(orders.unwrap_or_default());
+        effects.rings.iter().for_each(|&ring| self.bells.ring(ring));
         if let Some(power) = effects.power {
             self.lifecycle.power(power, vcpu);
             self.kick_all();
@@ -183,6 +193,7 @@ impl Board {
             (result, self.interrupt(None, &effects))
         };
         self.carry_out(orders);
+        effects.rings.iter().for_each(|&ring| self.bells.ring(ring));
         result
     }
 
@@ -214,6 +225,9 @@ impl Board {
     fn settle<D: Device + ?Sized>(&self, number: usize, device: &D, effects: &mut Effects) -> Orders {
         self.alarm.set(number, device.deadline());
         if let Some(ranges) = effects.pci_ranges.take() {
+            if let Some(vm) = &self.vm {
+                self.bells.move_to(vm.doorbells(), &ranges.doorbells);
+            }
             self.platform.set_pci_ranges(ranges);
         }
         self.interrupt(Some(number), effects)

@@ -1,5 +1,6 @@
 //! What a machine is made of, as plain data: parsed by whoever has the words, validated here, saved as it is.
 
+mod disk;
 mod size;
 mod topology;
 
@@ -7,6 +8,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+pub use disk::DiskConfig;
 pub use size::{SizeError, format_size, parse_size};
 pub use topology::{Topology, TopologyError};
 
@@ -16,6 +18,8 @@ use crate::cpuid::CpuModel;
 pub const MIN_MEMORY: u64 = 16 << 20;
 /// Most vCPUs of a machine.
 pub const MAX_CPUS: u32 = 64;
+/// Most disks of a machine.
+pub const MAX_DISKS: usize = 16;
 /// Most PCI slots of a machine.
 pub const MAX_SLOTS: u8 = 8;
 /// RAM of a machine for which nothing is said.
@@ -94,6 +98,8 @@ pub struct MachineConfig {
     pub serial: SerialMode,
     /// Whether there is a debug-exit port.
     pub debug_exit: bool,
+    /// Disks, in the order of their names in the guest.
+    pub disks: Vec<DiskConfig>,
     /// Empty PCI slots.
     pub slots: u8,
     /// Which engine runs it.
@@ -121,6 +127,7 @@ impl MachineConfig {
             cmdline: String::new(),
             serial: SerialMode::default(),
             debug_exit: false,
+            disks: Vec::new(),
             slots: 0,
             accel: Accel::default(),
             tier: None,
@@ -148,6 +155,9 @@ impl MachineConfig {
         let odd_threads = (sockets > 1 || cores > 1) && !threads.is_power_of_two();
         if odd_cores || odd_threads {
             return Err(ConfigError::OddTopology);
+        }
+        if self.disks.len() > MAX_DISKS {
+            return Err(ConfigError::TooManyDisks { asked: self.disks.len() });
         }
         if self.slots > MAX_SLOTS {
             return Err(ConfigError::TooManySlots { asked: self.slots });
@@ -251,6 +261,12 @@ pub enum ConfigError {
     /// A topology that APIC IDs without gaps cannot express.
     #[error("--cpus: cores of several sockets, and threads of several cores, must be a power of two")]
     OddTopology,
+    /// More disks than possible.
+    #[error("--disk: {asked} disks are too many, the most is {MAX_DISKS}")]
+    TooManyDisks {
+        /// Disks asked for.
+        asked: usize,
+    },
     /// More PCI slots than possible.
     #[error("--slots: {asked} are too many, the most is {MAX_SLOTS}")]
     TooManySlots {

@@ -329,6 +329,7 @@ impl IoThread {
             return;
         }
         tracing::info!("the machine is reset");
+        self.board.gate.wait_empty();
         self.board.reset();
         match (self.reload)() {
             Ok(()) => self.board.lifecycle.reset_done(),

@@ -5,6 +5,7 @@
 //! [`Control`] reaches the machine from any thread.
 
 mod alarm;
+mod bells;
 mod board;
 mod bus;
 pub mod config;
@@ -24,9 +25,10 @@ mod pci_slots;
 mod platform;
 pub mod report;
 mod threads;
+mod virtio;
 mod wires;
 
-pub use config::{Accel, ConfigError, MachineConfig, SerialMode, Topology};
+pub use config::{Accel, ConfigError, DiskConfig, MachineConfig, SerialMode, Topology};
 pub use console::{Console, ConsoleInput, ConsoleOutput};
 pub use cpuid::CpuModel;
 pub use dump::CpuDump;
@@ -34,3 +36,4 @@ pub use engines::engine_for;
 pub use lifecycle::Phase;
 pub use machine::{Control, Machine, MachineError, RunningMachine};
 pub use report::{MachineInfo, Outcome, VcpuReport};
+pub use virtio::DiskInfo;

@@ -181,6 +181,20 @@ impl Lifecycle {
         true
     }
 
+    /// Waits until the machine runs; `false` if it has ended.
+    pub(crate) fn wait_running(&self) -> bool {
+        let mut life = lock(&self.life);
+        while matches!(life.phase, Phase::Paused | Phase::Resetting) {
+            life = self.wait(life);
+        }
+        life.phase == Phase::Running
+    }
+
+    /// Whether the machine has ended.
+    pub(crate) fn has_ended(&self) -> bool {
+        self.phase() == Phase::Ended
+    }
+
     /// Waits until all vCPUs have parked.
     pub(crate) fn wait_parked(&self) {
         let mut life = lock(&self.life);

@@ -7,6 +7,7 @@ use std::thread::JoinHandle;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use ruse_arch::VcpuState;
+use ruse_block::{Disk, DiskError};
 use ruse_devices::bus::MapError;
 use ruse_devices::lapic::TIMER_HZ;
 use ruse_devices::pci::{PciWindows, SlotTaken};
@@ -24,10 +25,11 @@ use crate::doctor::ChoiceError;
 use crate::host::host_memory;
 use crate::io_thread::IoThread;
 use crate::lifecycle::{Lifecycle, Phase};
-use crate::pci_slots::plug_root_ports;
+use crate::pci_slots;
 use crate::platform::Platform;
 use crate::report::{MachineInfo, Outcome};
 use crate::threads::{VcpuThread, start_state};
+use crate::virtio::{self, AttachedDisk, DiskInfo, PlugError, Server};
 
 /// log2 of how much slower a guest's time goes while both tiers execute it: they take that much longer.
 const CHECK_SLOWDOWN: u32 = 6;
@@ -58,6 +60,9 @@ pub enum MachineError {
     /// Two devices are at one address; a bug.
     #[error(transparent)]
     Map(#[from] MapError),
+    /// A disk cannot be had.
+    #[error("--disk: {0}")]
+    Disk(#[from] DiskError),
     /// Two PCI functions are at one address; a bug.
     #[error(transparent)]
     Slot(#[from] SlotTaken),
@@ -75,7 +80,7 @@ impl MachineError {
     /// Whether the user can mend it by other input; else the host or Ruse is at fault.
     pub fn is_bad_input(&self) -> bool {
         match self {
-            Self::Config(_) | Self::Choice(_) => true,
+            Self::Config(_) | Self::Choice(_) | Self::Disk(_) => true,
             Self::Load(error) => !matches!(error, LoadError::Memory(_)),
             Self::Memory(_) | Self::Engine(_) | Self::Map(_) | Self::Slot(_) | Self::Host { .. } => false,
         }
@@ -83,6 +88,15 @@ impl MachineError {
 
     fn host(what: &'static str) -> impl FnOnce(io::Error) -> Self {
         move |source| Self::Host { what, source }
+    }
+}
+
+impl From<PlugError> for MachineError {
+    fn from(error: PlugError) -> Self {
+        match error {
+            PlugError::Slot(slot) => Self::Slot(slot),
+            PlugError::Host(source) => Self::Host { what: "cannot make an eventfd", source },
+        }
     }
 }
 
@@ -141,6 +155,7 @@ pub struct Machine {
     config: MachineConfig,
     ram: GuestRam,
     boot: Boot,
+    disks: Vec<Arc<dyn Disk>>,
     entry: VcpuState,
     /// Goes on while the guest is loaded.
     tsc: TscMeasurement,
@@ -153,14 +168,15 @@ impl Machine {
         let tsc = TscMeasurement::begin();
         // Before RAM, so that a wrong path costs nothing.
         Image::open(&config.kernel)?;
+        let disks = AttachedDisk::open_all(&config.disks)?;
         let ram = GuestRam::new(config.memory)?;
         let boot = Boot::open(&config, ram.clone())?;
         let entry = boot.load()?;
-        Ok(Self { config, ram, boot, entry, tsc })
+        Ok(Self { config, ram, boot, disks, entry, tsc })
     }
 
     /// Makes the vCPUs with `engine` and starts everything.
-    pub fn start(self, engine: &dyn Engine, console: Console) -> Result<RunningMachine, MachineError> {
+    pub fn start(mut self, engine: &dyn Engine, console: Console) -> Result<RunningMachine, MachineError> {
         let (asked, max) = (self.config.cpus.count(), engine.capabilities().max_vcpus);
         if asked > u64::from(max) {
             return Err(ConfigError::TooManyCpus { asked, max }.into());
@@ -177,11 +193,23 @@ impl Machine {
         let board = Board::new(cpus, clock.clone(), platform, lifecycle, Some(vm.clone()))
             .map_err(MachineError::host("cannot make a timer"))?;
         let board = Arc::new(board);
-        plug_root_ports(&board, self.boot.acpi.intx, self.config.slots)?;
-        board.assign_pci();
+        let (disks, servers) = self.plug(&board)?;
         let vcpus = self.create_vcpus(engine, &*vm, cpus, &clock)?;
         board.connect(vcpus.iter().map(|vcpu| vcpu.handle()).collect());
-        self.spawn(engine.name(), board, vcpus, console)
+        self.spawn(engine.name(), board, vcpus, console, disks, servers)
+    }
+
+    /// Plugs the PCI devices in.
+    fn plug(&mut self, board: &Arc<Board>) -> Result<(Vec<AttachedDisk>, Vec<Server>), MachineError> {
+        let (intx, config) = (self.boot.acpi.intx, &self.config);
+        let gsi = |at| pci_slots::gsi(intx, at);
+        let mut servers = virtio::plug_entropy(board, &self.ram, gsi)?;
+        let disks = config.disks.iter().cloned().zip(self.disks.drain(..)).collect();
+        let (disks, more) = AttachedDisk::plug_all(board, &self.ram, gsi, config.cpus.count() as u32, disks)?;
+        servers.extend(more);
+        pci_slots::plug_root_ports(board, intx, config.slots)?;
+        board.assign_pci();
+        Ok((disks, servers))
     }
 
     fn rtc_config(&self) -> RtcConfig {
@@ -214,9 +242,11 @@ impl Machine {
         board: Arc<Board>,
         vcpus: Vec<Box<dyn Vcpu>>,
         console: Console,
+        disks: Vec<AttachedDisk>,
+        servers: Vec<Server>,
     ) -> Result<RunningMachine, MachineError> {
         let Self { config, ram, boot, entry, .. } = self;
-        let control = Control { board: board.clone(), config: Arc::new(config), engine };
+        let control = Control { board: board.clone(), config: Arc::new(config), engine, disks: disks.into() };
         let mut running = RunningMachine { control, threads: Vec::new() };
         // The files and the protocol are the same as at first, and so is the state.
         let reload = Box::new(move || boot.load().map(drop));
@@ -229,6 +259,7 @@ impl Machine {
                 let start = start_state(id, &entry, board.has_external_apics());
                 VcpuThread { id, vcpu, board: board.clone(), ram: ram.clone(), start }.spawn()
             })
+            .chain(servers.into_iter().map(Server::spawn))
             .chain([io.spawn()])
             .collect();
         running.threads = vcpus.map_err(thread)?;
@@ -271,6 +302,7 @@ pub struct Control {
     board: Arc<Board>,
     config: Arc<MachineConfig>,
     engine: &'static str,
+    disks: Arc<[AttachedDisk]>,
 }
 
 impl Control {
@@ -309,6 +341,10 @@ impl Control {
     /// When vCPU 0 first entered the guest.
     pub fn first_entry(&self) -> Option<Instant> {
         self.board.lifecycle.first_entry()
+    }
+    /// Looks how large the disks are now, tells the guest where that has changed, and gives what they are.
+    pub fn refresh_disks(&self) -> io::Result<Vec<DiskInfo>> {
+        self.disks.iter().map(|disk| disk.refresh(&self.board)).collect()
     }
     /// What the machine is doing, in detail. Waits a fraction of a second for vCPUs that do not answer.
     pub fn info(&self) -> MachineInfo {

@@ -1,5 +1,6 @@
 //! What is at which PCI address, which never depends on what else there is.
 
+use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
 use ruse_devices::pci::{PciAddress, RootPort, SlotTaken};
@@ -7,11 +8,15 @@ use ruse_loader::PciIntx;
 
 use crate::board::Board;
 
+/// Device number of the entropy device.
+pub(crate) const ENTROPY: u8 = 1;
+/// Device numbers of disks, in their order.
+pub(crate) const DISKS: Range<u8> = 8..ROOT_PORT;
 /// Device numbers of the root ports, whose slots take devices while the machine runs.
 const ROOT_PORT: u8 = 24;
 
 /// The interrupt line of a function's INTA#.
-fn gsi(intx: PciIntx, at: PciAddress) -> u8 {
+pub(crate) fn gsi(intx: PciIntx, at: PciAddress) -> u8 {
     intx.gsi(at.device, 0) as u8
 }
 

@@ -1,0 +1,167 @@
+//! A driver's accesses at the board, down to the file of a disk.
+
+use std::time::{Duration, Instant};
+
+use ruse_devices::pci::{ECAM_BASE, PciWindows};
+use ruse_devices::rtc::{Rtc, RtcConfig};
+use ruse_engine::{Bus, Clock};
+use ruse_virtio::ring::driver::Driver;
+use ruse_virtio::{Buffer, Dma, features};
+
+use super::*;
+use crate::config::DiskConfig;
+use crate::lifecycle::{Lifecycle, Phase};
+use crate::platform::Platform;
+
+const BAR: u64 = 0xc000_0000;
+const HEADER: u64 = 0x4_0000;
+const STATUS: u64 = 0x4_1000;
+const DATA: u64 = 0x5_0000;
+/// What a slow host may take for a request.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A board with one disk whose driver has started.
+struct Bench {
+    board: Arc<Board>,
+    ram: GuestRam,
+    file: tempfile::NamedTempFile,
+    driver: Driver,
+    disk: AttachedDisk,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Bench {
+    fn new() -> Self {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(1 << 20).unwrap();
+        let windows = PciWindows { ports: 0x1000..=0xffff, memory: vec![BAR..=0xdfff_ffff] };
+        let platform = Platform::new(Rtc::new(RtcConfig::default()), false, windows).unwrap();
+        let lifecycle = Arc::new(Lifecycle::new(0).unwrap());
+        let board = Arc::new(Board::new(0, Arc::new(Clock::start()), platform, lifecycle, None).unwrap());
+        let ram = GuestRam::new(1 << 20).unwrap();
+        let config: DiskConfig = format!("{},queues=1", file.path().display()).parse().unwrap();
+        let opened = AttachedDisk::open_all(std::slice::from_ref(&config)).unwrap();
+        let disks = std::iter::zip([config], opened).collect();
+        let (mut disks, servers) = AttachedDisk::plug_all(&board, &ram, |_| 16, 1, disks).unwrap();
+        board.assign_pci();
+        let threads = servers.into_iter().map(|server| server.spawn().unwrap()).collect();
+        let (driver, disk) = (Driver::new(0x1_0000, 8, 0), disks.remove(0));
+        let bench = Self { board, ram, file, driver, disk, threads };
+        bench.start();
+        bench
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        self.board.mmio_write(0, BAR + offset, data);
+    }
+    fn read(&self, offset: u64) -> u8 {
+        let mut data = [0];
+        self.board.mmio_read(0, BAR + offset, &mut data);
+        data[0]
+    }
+
+    /// Enables memory of the function, and does what a driver does first.
+    fn start(&self) {
+        self.board.mmio_write(0, ECAM_BASE + (8 << 15) + 4, &[6, 0]);
+        self.write(0x14, &[3]);
+        self.write(0x08, &1u32.to_le_bytes());
+        self.write(0x0c, &((features::VERSION_1 >> 32) as u32).to_le_bytes());
+        self.write(0x14, &[11]);
+        self.write(0x18, &self.driver.layout.size.to_le_bytes());
+        self.write(0x20, &self.driver.layout.descriptors.to_le_bytes());
+        self.write(0x28, &self.driver.layout.driver.to_le_bytes());
+        self.write(0x30, &self.driver.layout.device.to_le_bytes());
+        self.write(0x1c, &[1, 0]);
+        self.write(0x14, &[15]);
+        assert_eq!(self.read(0x14), 15);
+    }
+
+    /// Makes a request to write what is at `DATA` to the first sector.
+    fn send(&mut self, bytes: &[u8; 512]) {
+        let dma = Dma::new(&self.ram);
+        dma.write(HEADER, &[1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]).unwrap();
+        dma.write(DATA, bytes).unwrap();
+        let part = |at, len, write| (Buffer { at, len }, write);
+        let parts = [part(HEADER, 16, false), part(DATA, 512, false), part(STATUS, 1, true)];
+        self.driver.add(&dma, &parts, false).unwrap();
+        self.write(0x3000, &[0, 0]);
+    }
+
+    fn is_answered(&mut self, patience: Duration) -> bool {
+        let limit = Instant::now() + patience;
+        while Instant::now() < limit {
+            if self.driver.take(&Dma::new(&self.ram)).is_some() {
+                return true;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        false
+    }
+
+    fn first_bytes(&self) -> u8 {
+        std::fs::read(self.file.path()).unwrap()[0]
+    }
+}
+
+impl Drop for Bench {
+    fn drop(&mut self) {
+        self.board.lifecycle.end(Outcome::Stopped);
+        self.board.kick_all();
+        for thread in self.threads.drain(..) {
+            thread.join().unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_request_reaches_the_file_and_its_answer_the_driver() {
+    let mut bench = Bench::new();
+    bench.send(&[7; 512]);
+    assert!(bench.is_answered(PATIENCE));
+    assert_eq!(bench.first_bytes(), 7);
+    // The interrupt comes after the answer.
+    let limit = Instant::now() + PATIENCE;
+    while bench.read(0x1000) != 1 {
+        assert!(Instant::now() < limit, "no interrupt");
+    }
+}
+
+#[test]
+fn nothing_is_served_while_the_machine_is_held() {
+    let mut bench = Bench::new();
+    assert!(bench.board.lifecycle.pause());
+    bench.board.gate.wait_empty();
+    bench.send(&[8; 512]);
+    assert!(!bench.is_answered(Duration::from_millis(100)));
+    assert!(bench.board.lifecycle.resume());
+    assert!(bench.is_answered(PATIENCE));
+}
+
+#[test]
+fn a_reset_of_the_machine_resets_the_device() {
+    let mut bench = Bench::new();
+    bench.send(&[9; 512]);
+    assert!(bench.is_answered(PATIENCE));
+    bench.board.lifecycle.reset(None);
+    assert_eq!(bench.board.lifecycle.phase(), Phase::Resetting);
+    bench.board.gate.wait_empty();
+    bench.board.reset();
+    assert_eq!(bench.read(0x14), 0xff, "memory is not enabled");
+    bench.board.lifecycle.reset_done();
+    bench.driver = Driver::new(0x1_0000, 8, 0);
+    Dma::new(&bench.ram).write(0x1_0000, &[0; 0x8000]).unwrap();
+    bench.start();
+    bench.send(&[10; 512]);
+    assert!(bench.is_answered(PATIENCE));
+    assert_eq!(bench.first_bytes(), 10);
+}
+
+#[test]
+fn the_guest_hears_of_a_disk_that_has_grown() {
+    let bench = Bench::new();
+    assert_eq!((bench.disk.refresh(&bench.board).unwrap().size, bench.read(0x1000)), (1 << 20, 0));
+    bench.file.as_file().set_len(3 << 20).unwrap();
+    assert_eq!(bench.disk.refresh(&bench.board).unwrap().size, 3 << 20);
+    assert_eq!((bench.read(0x1000), bench.read(0x2001)), (2, 0x18), "sectors and an interrupt");
+    assert_eq!(bench.read(0x15), 1, "another generation");
+}
