@@ -48,6 +48,21 @@ fn kernels() {
 }
 
 #[test]
+fn disks() {
+    let dir = tempfile::tempdir().unwrap();
+    let kernel = path(&dir, "kernel", &kernel(64, 64));
+    let disk = |words: &str, parts: &[&str]| refused(&["--kernel", &kernel, "--disk", words], parts);
+    disk("/no/such/disk", &["--disk", "/no/such/disk", "No such file"]);
+    disk(dir.path().to_str().unwrap(), &["--disk", "Is a directory"]);
+    disk("/dev/null,readonly", &["--disk", "/dev/null", "neither a file nor a block device"]);
+    disk(&path(&dir, "small", &[0; 511]), &["--disk", "small", "512 bytes"]);
+    let used = path(&dir, "used", &[0; 4096]);
+    let _user = ruse_block::RawDisk::open(Path::new(&used), true).unwrap();
+    disk(&used, &["--disk", "used", "in use by another machine"]);
+    refused(&["--kernel", &kernel, "--disk", &format!("{used},readonly"), "--disk", &used], &["in use"]);
+}
+
+#[test]
 fn initrds() {
     let dir = tempfile::tempdir().unwrap();
     let kernel = path(&dir, "kernel", &kernel(64, 64));

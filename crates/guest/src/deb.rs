@@ -8,7 +8,7 @@ use std::fs::File;
 use std::io::{self, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 
-use crate::GuestError;
+use crate::{GuestError, cache};
 
 /// No file that is wanted from a package is larger than this.
 const LARGEST_FILE: u64 = 256 << 20;
@@ -16,8 +16,7 @@ const LARGEST_FILE: u64 = 256 << 20;
 /// A file wanted from a package.
 #[derive(Debug, Clone)]
 pub struct Want {
-    /// Names that it may have, without a leading `./`; one that ends with `*` matches any name that
-    /// begins like it.
+    /// Names that it may have, without a leading `./`; a `*` in one stands for any text.
     pub names: Vec<String>,
     /// Where to write it.
     pub to: PathBuf,
@@ -30,8 +29,8 @@ impl Want {
     }
 
     fn matches(&self, name: &str) -> bool {
-        self.names.iter().any(|want| match want.strip_suffix('*') {
-            Some(prefix) => name.starts_with(prefix),
+        self.names.iter().any(|want| match want.split_once('*') {
+            Some((prefix, suffix)) => name.strip_prefix(prefix).is_some_and(|rest| rest.ends_with(suffix)),
             None => name == want,
         })
     }
@@ -40,6 +39,22 @@ impl Want {
 /// Writes the wanted files of `package` to where they are wanted, and returns the name in the archive
 /// of each, in the order of `wants`. All of them have to be there.
 pub fn extract(package: &Path, wants: &[Want]) -> Result<Vec<String>, GuestError> {
+    require(package, wants, extract_some(package, wants)?)
+}
+
+/// The names of files all of which have to be there.
+pub(crate) fn require(
+    package: &Path,
+    wants: &[Want],
+    found: Vec<Option<String>>,
+) -> Result<Vec<String>, GuestError> {
+    let missing =
+        |want: &Want| GuestError::MissingMember { path: package.to_owned(), member: want.names.join(" or ") };
+    found.into_iter().zip(wants).map(|(name, want)| name.ok_or_else(|| missing(want))).collect()
+}
+
+/// As [`extract`], with `None` for those that are not there.
+pub fn extract_some(package: &Path, wants: &[Want]) -> Result<Vec<Option<String>>, GuestError> {
     let bad = |error: io::Error| GuestError::BadPackage { path: package.to_owned(), why: error.to_string() };
     let file = File::open(package).map_err(GuestError::io("open", package))?;
     let mut archive = tar::Archive::new(data_member(BufReader::new(file)).map_err(bad)?);
@@ -64,9 +79,18 @@ pub fn extract(package: &Path, wants: &[Want]) -> Result<Vec<String>, GuestError
             break;
         }
     }
-    let missing =
-        |want: &Want| GuestError::MissingMember { path: package.to_owned(), member: want.names.join(" or ") };
-    found.into_iter().zip(wants).map(|(name, want)| name.ok_or_else(|| missing(want))).collect()
+    Ok(found)
+}
+
+/// Unpacks a file in its place that is packed in a way of [`decompressor`].
+pub(crate) fn decompress(path: &Path, kind: &str) -> Result<(), GuestError> {
+    let bad = |error: io::Error| GuestError::BadPackage { path: path.to_owned(), why: error.to_string() };
+    let packed = File::open(path).map_err(GuestError::io("open", path))?;
+    let mut bytes = Vec::new();
+    decompressor(kind, packed)
+        .and_then(|data| data.take(LARGEST_FILE).read_to_end(&mut bytes))
+        .map_err(bad)?;
+    cache::write_whole(path, &bytes)
 }
 
 /// Copies an entry of `size` bytes to a new file and makes it durable; `bad` names what is wrong with
@@ -129,13 +153,14 @@ fn decompressor(kind: &str, data: impl Read + 'static) -> io::Result<Box<dyn Rea
         ".gz" => Box::new(flate2::read::MultiGzDecoder::new(data)),
         ".xz" => Box::new(lzma_rust2::XzReader::new(data, true)),
         ".zst" => Box::new(ruzstd::decoding::StreamingDecoder::new(data).map_err(io::Error::other)?),
-        other => return Err(io::Error::other(format!("data.tar{other} is packed in an unknown way"))),
+        other => return Err(io::Error::other(format!("a file packed in an unknown way: {other}"))),
     })
 }
 
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
+    use crate::modules;
 
     /// A package made by hand, with its files packed in one way.
     pub(crate) fn package(kind: &str, files: &[(&str, &[u8])]) -> Vec<u8> {
@@ -240,6 +265,26 @@ pub(crate) mod tests {
                 assert!(matches!(result, Err(GuestError::BadPackage { .. })), "{kind} {length}: {result:?}");
             }
         }
+    }
+
+    #[test]
+    fn modules_are_found_under_any_release_and_unpacked() {
+        let mut xz = lzma_rust2::XzWriter::new(Vec::new(), lzma_rust2::XzOptions::with_preset(1)).unwrap();
+        xz.write_all(b"packed").unwrap();
+        let files: [(&str, &[u8]); 3] = [
+            ("./lib/modules/6.1/kernel/drivers/virtio/virtio.ko", b"plain"),
+            ("./usr/lib/modules/6.1/kernel/drivers/block/virtio_blk.ko.xz", &xz.finish().unwrap()),
+            ("./lib/modules/6.1/kernel/drivers/virtio/virtio_pci.ko.sig", b"no module"),
+        ];
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("p.deb");
+        std::fs::write(&path, package(".gz", &files)).unwrap();
+        let found = extract_some(&path, &modules::wants(dir.path())).unwrap();
+        let names = modules::unpack(dir.path(), &found).unwrap();
+        assert_eq!(names, ["virtio.ko", "virtio_blk.ko"]);
+        let contents: Vec<_> =
+            modules::read(dir.path(), &names).unwrap().into_iter().map(|module| module.content).collect();
+        assert_eq!(contents, [b"plain".to_vec(), b"packed".to_vec()]);
     }
 
     #[test]

@@ -9,13 +9,15 @@ use crate::apt::AptCommands;
 use crate::cache::{self, CacheLock};
 use crate::deb::{self, Want};
 use crate::fetch::fetch;
-use crate::{GuestError, Initramfs, PackageFile, Progress};
+use crate::{GuestError, Initramfs, PackageFile, Progress, modules};
 
 /// Packages that bring a kernel for virtual machines: Debian's, then Ubuntu's.
 const KERNEL_PACKAGES: &[&str] = &["linux-image-cloud-amd64", "linux-image-virtual"];
 const KERNEL_PREFIX: &str = "linux-image-";
 const BUSYBOX_PACKAGE: &str = "busybox-static";
 
+/// Which files of the packages are kept.
+const LAYOUT: &str = "modules";
 /// The file that names what is prepared.
 const MANIFEST: &str = "current.json";
 
@@ -52,6 +54,8 @@ struct Manifest {
     packages: Vec<String>,
     /// Names and sizes of the files that came from packages.
     files: Vec<(String, u64)>,
+    /// The kernel's modules, in the order in which they are to be loaded. What an earlier version has prepared has none.
+    modules: Vec<String>,
 }
 
 /// A package that has been fetched.
@@ -113,7 +117,7 @@ impl DefaultGuest {
         let files = self.files(&manifest);
         if !files.initrd.exists() {
             progress.step("writing the initramfs");
-            write_initrd(&files)?;
+            write_initrd(&files, &manifest.modules)?;
         }
         Ok(files)
     }
@@ -196,34 +200,40 @@ impl DefaultGuest {
     fn unpack(&self, kernel: &Fetched, busybox: &Fetched) -> Result<Manifest, GuestError> {
         let beside = self.dir.join("unpacking");
         cache::fresh_dir(&beside)?;
-        let wants = [
+        let mut wants = vec![
             Want::new(&["boot/vmlinuz-*"], beside.join("vmlinuz")),
             Want::new(&["boot/config-*"], beside.join("config")),
         ];
-        let names = deb::extract(&kernel.path, &wants)?;
+        let needed = wants.len();
+        wants.extend(modules::wants(&beside));
+        let mut found = deb::extract_some(&kernel.path, &wants)?;
+        let modules = modules::unpack(&beside, &found.split_off(needed))?;
+        let names = deb::require(&kernel.path, &wants[..needed], found)?;
         let release = names[0].trim_start_matches("boot/vmlinuz-").to_owned();
         let applets = Want::new(&["bin/busybox", "usr/bin/busybox"], beside.join("busybox"));
         deb::extract(&busybox.path, &[applets])?;
 
         let mut files = Vec::new();
-        for name in ["vmlinuz", "config", "busybox"] {
+        for name in ["vmlinuz", "config", "busybox"].into_iter().chain(modules.iter().map(|name| &**name)) {
             let path = beside.join(name);
             let size = fs::metadata(&path).map_err(GuestError::io("read", &path))?.len();
             files.push((name.to_owned(), size));
         }
         let packages =
             [kernel, busybox].map(|package| format!("{} {}", package.name, package.file.version()));
-        let directory = file_name(&packages.join("+"));
+        // A name of its own for what has other files in it than earlier versions made.
+        let directory = file_name(&format!("{}+{LAYOUT}", packages.join("+")));
         let place = self.dir.join(&directory);
         cache::fresh_dir(&place)?;
         fs::rename(&beside, &place).map_err(GuestError::io("replace", &place))?;
-        Ok(Manifest { directory, release, packages: packages.into(), files })
+        Ok(Manifest { directory, release, packages: packages.into(), files, modules })
     }
 }
 
-fn write_initrd(files: &GuestFiles) -> Result<(), GuestError> {
+fn write_initrd(files: &GuestFiles, modules: &[String]) -> Result<(), GuestError> {
     let busybox = fs::read(&files.busybox).map_err(GuestError::io("read", &files.busybox))?;
-    let archive = Initramfs { busybox, modules: Vec::new() }.build();
+    let dir = files.busybox.parent().unwrap_or(Path::new(""));
+    let archive = Initramfs { busybox, modules: modules::read(dir, modules)? }.build();
     cache::write_whole(&files.initrd, &archive.map_err(GuestError::io("write", &files.initrd))?)
 }
 

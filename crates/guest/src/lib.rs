@@ -20,6 +20,7 @@ mod default;
 mod error;
 mod fetch;
 mod initramfs;
+mod modules;
 mod progress;
 mod script;
 

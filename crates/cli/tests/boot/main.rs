@@ -2,6 +2,7 @@
 
 mod bare;
 mod clock;
+mod disk;
 mod linux;
 mod log;
 mod machine;
