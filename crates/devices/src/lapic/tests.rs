@@ -1,6 +1,7 @@
 use super::registers as r;
 use super::*;
 use ruse_arch::msr;
+use ruse_random::Random;
 
 const TSC_HZ: u64 = 2_000_000_000;
 
@@ -26,16 +27,6 @@ fn x2apic(id: u32) -> Lapic {
     lapic.write_msr(msr::APIC_BASE, base | BASE_X2APIC, 0).map(drop).unwrap();
     lapic.write_msr(0x80f, 0x1ff, 0).map(drop).unwrap();
     lapic
-}
-
-/// A small generator of numbers for the tests that try anything.
-fn numbers(mut seed: u64) -> impl FnMut() -> u64 {
-    move || {
-        seed ^= seed << 13;
-        seed ^= seed >> 7;
-        seed ^= seed << 17;
-        seed
-    }
 }
 
 #[test]
@@ -276,7 +267,8 @@ fn save_and_restore() {
 
 #[test]
 fn anything_survives() {
-    let mut next = numbers(0x1234_5678_9abc_def1);
+    let mut random = Random::new(0);
+    let mut next = || random.word();
     for mut lapic in [lapic(), x2apic(5)] {
         for _ in 0..200_000 {
             let (offset, now, value) = (next() & 0x1fff, next() >> (next() & 63), next());
