@@ -13,6 +13,7 @@ mod packages;
 mod tier0;
 mod translator;
 mod vcpu;
+mod virtio;
 
 /// A fuzz target.
 pub struct Target {
@@ -31,6 +32,7 @@ pub const TARGETS: &[Target] = &[
     Target { name: "tier0", run: tier0::run, len: 256, cases: 3000 },
     Target { name: "translator", run: translator::run, len: 256, cases: 3000 },
     Target { name: "devices", run: devices::run, len: 2048, cases: 4000 },
+    Target { name: "virtio", run: virtio::run, len: 1024, cases: 8000 },
     Target { name: "loader", run: loader::run, len: 256, cases: 2000 },
     Target { name: "packages", run: packages::run, len: 256, cases: 400 },
     Target { name: "options", run: options::run, len: 96, cases: 50_000 },

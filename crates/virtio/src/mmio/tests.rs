@@ -102,3 +102,17 @@ fn a_reset_is_as_power_up() {
     bench.access(|device, access| device.reset(access));
     assert_eq!(bench.device.state(), Bench::new().device.state());
 }
+
+#[test]
+fn any_access_is_survived() {
+    for value in [0, 1, 3, 11, 15, u64::MAX, 0x8000_0000_0000_0001] {
+        let mut bench = Bench::new();
+        bench.start(&Driver::new(0x1_0000, 16, 0));
+        for offset in (0..VirtioMmio::LEN + 8).chain([u64::MAX - 1, u64::MAX]) {
+            for width in [1, 2, 4, 8] {
+                bench.access(|device, access| device.write(access, offset, &value.to_le_bytes()[..width]));
+                bench.access(|device, access| device.read(access, offset, &mut [0; 8][..width]));
+            }
+        }
+    }
+}

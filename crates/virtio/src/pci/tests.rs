@@ -205,3 +205,22 @@ fn a_saved_function_is_restored() {
     other.access(|function, access| function.reset(access));
     assert_eq!(other.function.state(), Bench::new().function.state());
 }
+
+#[test]
+fn any_access_is_survived() {
+    for value in [0, 1, 3, 11, 15, u64::MAX, 0x8000_0000_0000_0001] {
+        let mut bench = Bench::new();
+        let (_, driver) = ram_and_driver(VERSION_1);
+        bench.start(VERSION_1, &driver);
+        for offset in (0..BAR_LEN + 8).chain([u64::MAX - 1, u64::MAX]) {
+            for width in [1, 2, 4, 8] {
+                bench.write(offset, &value.to_le_bytes()[..width]);
+                bench.access(|function, access| function.bar_read(access, 0, offset, &mut [0; 8][..width]));
+            }
+        }
+        for register in (0..0x1000).step_by(4) {
+            bench.config_write(register, value as u32);
+            bench.access(|function, access| function.config_read(access, register));
+        }
+    }
+}
