@@ -74,7 +74,8 @@ pub struct RunOptions {
     /// The first serial port: stdio, null or file=PATH.
     #[arg(long, value_name = "WHERE", default_value = "stdio")]
     pub serial: SerialMode,
-    /// A disk in a file or block device: PATH[,readonly][,serial=TEXT][,queues=N]. May be given several times.
+    /// A disk in a file or block device: PATH[,readonly][,serial=TEXT][,queues=N][,ring=split]. May be given
+    /// several times.
     #[arg(long = "disk", value_name = "DISK")]
     pub disks: Vec<DiskConfig>,
     /// Empty slots for PCI devices, 0 to 8.

@@ -11,6 +11,7 @@ use ruse_block::Disk;
 use crate::core::Work;
 use crate::device::{Device, Handler, Identity, Served, serve};
 use crate::dma::Dma;
+use crate::features;
 use crate::ring::RingError;
 use request::Request;
 
@@ -46,6 +47,7 @@ pub struct Block {
     disk: Arc<dyn Disk>,
     serial: [u8; SERIAL_LEN],
     queues: u16,
+    common_features: u64,
 }
 
 impl Block {
@@ -53,7 +55,12 @@ impl Block {
     pub fn new(disk: Arc<dyn Disk>, serial: &str, queues: u16) -> Self {
         let mut bytes = [0; SERIAL_LEN];
         bytes.iter_mut().zip(serial.bytes()).for_each(|(to, from)| *to = from);
-        Self { disk, serial: bytes, queues: queues.max(1) }
+        Self { disk, serial: bytes, queues: queues.max(1), common_features: features::COMMON }
+    }
+
+    /// The same with split rings only, for drivers that make mistakes with packed ones.
+    pub fn with_split_rings(self) -> Self {
+        Self { common_features: self.common_features & !features::RING_PACKED, ..self }
     }
 
     /// What serves one of its queues.
@@ -78,7 +85,8 @@ impl Device for Block {
             false => feature::DISCARD | feature::WRITE_ZEROES,
         };
         let queues = if self.queues > 1 { feature::MQ } else { 0 };
-        feature::SEG_MAX | feature::BLK_SIZE | feature::FLUSH | feature::TOPOLOGY | writes | queues
+        let own = feature::SEG_MAX | feature::BLK_SIZE | feature::FLUSH | feature::TOPOLOGY;
+        self.common_features | own | writes | queues
     }
 
     fn queues(&self) -> Vec<u16> {

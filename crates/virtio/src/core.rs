@@ -125,7 +125,7 @@ impl Core {
 
     /// The features that are offered.
     pub fn features(&self) -> u64 {
-        self.device.features() | features::COMMON
+        self.device.features()
     }
 
     /// The features that the driver has taken.

@@ -21,7 +21,7 @@ pub struct Identity {
 pub trait Device: Send {
     /// Who it is.
     fn identity(&self) -> Identity;
-    /// The features that it offers, beside [`features::COMMON`](crate::features::COMMON).
+    /// The features that it offers: those of its type, and usually [`features::COMMON`](crate::features::COMMON).
     fn features(&self) -> u64;
     /// The most entries of each queue.
     fn queues(&self) -> Vec<u16>;

@@ -6,6 +6,7 @@ use crate::chain::Chain;
 use crate::core::Work;
 use crate::device::{Device, Handler, Identity, Served, serve};
 use crate::dma::Dma;
+use crate::features;
 use crate::ring::RingError;
 
 /// Device type.
@@ -25,7 +26,7 @@ impl Device for Entropy {
         Identity { kind: KIND, pci_class: 0xff_00_00 }
     }
     fn features(&self) -> u64 {
-        0
+        features::COMMON
     }
     fn queues(&self) -> Vec<u16> {
         vec![ENTRIES]

@@ -3,6 +3,7 @@
 use crate::core::Work;
 use crate::device::{Device, Handler, Identity, Served, serve};
 use crate::dma::Dma;
+use crate::features;
 use crate::ring::RingError;
 
 /// Two queues, one feature, and a configuration of five bytes.
@@ -13,7 +14,7 @@ impl Device for Echo {
         Identity { kind: 42, pci_class: 0xff_00_00 }
     }
     fn features(&self) -> u64 {
-        1 << 5
+        features::COMMON | 1 << 5
     }
     fn queues(&self) -> Vec<u16> {
         vec![8, 16]

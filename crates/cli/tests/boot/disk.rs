@@ -36,18 +36,21 @@ sync
 echo -- second; cat /sys/block/vdb/ro /sys/block/vdb/serial; echo
 dd if=/dev/zero of=/dev/vdb bs=4k count=1 2>&1 | grep -o 'Operation not permitted'
 ls /sys/block/vda/mq | wc -w
+echo -- how; cut -c 35 /sys/block/vda/device/features; grep -o 'PCI-MSI.*virtio1-req.0\|IO-APIC.*virtio1' /proc/interrupts | cut -d' ' -f1
 "#;
 
-#[test]
-fn linux_copies_on_a_disk_and_cannot_write_another() {
+/// `words` are of both disks, `cmdline` of the kernel.
+fn copies_and_cannot_write_another(words: &str, cmdline: &str, packed: &str, interrupts: &str) {
     let Some(files) = guest() else { return };
     let dir = tempfile::tempdir().unwrap();
     let (first, second) = (image(dir.path(), "first", 32), image(dir.path(), "second", 1));
     let (before, second_before) = (fs::read(&first).unwrap(), fs::read(&second).unwrap());
-    let second_words = format!("{},readonly,serial=no-writes", word(&second));
-    let options = ["--accel", "dbt", "--cpus", "2", "--disk", word(&first), "--disk", &second_words];
+    let second_words = format!("{},readonly,serial=no-writes{words}", word(&second));
+    let first_words = format!("{}{words}", word(&first));
+    let options = ["--accel", "dbt", "--cpus", "2", "--disk", &first_words, "--disk", &second_words];
     let script = format!("{COPY}{}echo -- end\n", log::SCRIPT);
-    let ended = run_script(&files.kernel, &files, &options, "", &script);
+    let ended = run_script(&files.kernel, &files, &options, cmdline, &script);
+    assert_eq!(ended.section("how"), [packed, interrupts]);
     assert_eq!(ended.section("first"), ["65536", "0", &format!("{}  -", md5(&before))]);
     assert_eq!(ended.section("second"), ["1", "no-writes", "Operation not permitted", "2"]);
     log::check(&ended, 2);
@@ -56,6 +59,16 @@ fn linux_copies_on_a_disk_and_cannot_write_another() {
     assert!(after[..16 * MIB] == before[..16 * MIB], "the first half stays");
     assert!(after[16 * MIB..] == before[..16 * MIB], "the second is as the first");
     assert!(fs::read(&second).unwrap() == second_before);
+}
+
+#[test]
+fn linux_copies_on_a_disk_and_cannot_write_another() {
+    copies_and_cannot_write_another("", "", "1", "PCI-MSI");
+}
+
+#[test]
+fn a_disk_does_with_split_rings_and_an_interrupt_pin() {
+    copies_and_cannot_write_another(",ring=split", "pci=nomsi", "0", "IO-APIC");
 }
 
 /// Makes a file system with many files in it, frees what is of no use any more, and writes what is left.

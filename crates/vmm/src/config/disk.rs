@@ -1,4 +1,4 @@
-//! A disk in words: `PATH[,readonly][,serial=TEXT][,queues=N]`.
+//! A disk in words: `PATH[,readonly][,serial=TEXT][,queues=N][,ring=split]`.
 
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -21,6 +21,8 @@ pub struct DiskConfig {
     pub serial: Option<String>,
     /// Its queues, each with a thread; as many as vCPUs, at most four, for which nothing is said.
     pub queues: Option<u16>,
+    /// Its rings are split, not packed, whatever the guest's driver would like best.
+    pub split_rings: bool,
 }
 
 impl FromStr for DiskConfig {
@@ -29,16 +31,18 @@ impl FromStr for DiskConfig {
     fn from_str(text: &str) -> Result<Self, String> {
         let mut words = text.split(',');
         let path = words.next().filter(|path| !path.is_empty()).ok_or("expected the path of a disk")?;
-        let mut disk = Self { path: path.into(), read_only: false, serial: None, queues: None };
+        let mut disk =
+            Self { path: path.into(), read_only: false, serial: None, queues: None, split_rings: false };
         for word in words {
             match word.split_once('=') {
                 None if word == "readonly" => disk.read_only = true,
+                Some(("ring", "split")) => disk.split_rings = true,
                 Some(("serial", serial)) => disk.serial = Some(checked_serial(serial)?),
                 Some(("queues", queues)) => {
                     let queues = queues.parse().ok().filter(|queues| (1..=MAX_QUEUES).contains(queues));
                     disk.queues = Some(queues.ok_or(format!("queues: expected 1 to {MAX_QUEUES}"))?);
                 }
-                _ => return Err(format!("'{word}': expected readonly, serial=TEXT or queues=N")),
+                _ => return Err(format!("'{word}': expected readonly, serial=TEXT, queues=N or ring=split")),
             }
         }
         Ok(disk)
@@ -59,12 +63,13 @@ mod tests {
 
     #[test]
     fn words_are_understood() {
-        let disk: DiskConfig = "/tmp/a b,readonly,serial=X-1,queues=3".parse().unwrap();
+        let disk: DiskConfig = "/tmp/a b,readonly,serial=X-1,queues=3,ring=split".parse().unwrap();
         let expected = DiskConfig {
             path: "/tmp/a b".into(),
             read_only: true,
             serial: Some("X-1".into()),
             queues: Some(3),
+            split_rings: true,
         };
         assert_eq!(disk, expected);
         assert!(!"d".parse::<DiskConfig>().unwrap().read_only);
@@ -78,6 +83,7 @@ mod tests {
             "d,queues=0",
             "d,queues=65",
             "d,queues=x",
+            "d,ring=x",
         ] {
             assert!(bad.parse::<DiskConfig>().is_err(), "{bad}");
         }

@@ -56,7 +56,10 @@ impl AttachedDisk {
         for (number, (config, disk)) in (0u8..).zip(disks) {
             let at = PciAddress::new(pci_slots::DISKS.start + number, 0);
             let queues = config.queues.unwrap_or(MOST_QUEUES.min(cpus as u16));
-            let block = Block::new(disk.clone(), config.serial.as_deref().unwrap_or_default(), queues);
+            let mut block = Block::new(disk.clone(), config.serial.as_deref().unwrap_or_default(), queues);
+            if config.split_rings {
+                block = block.with_split_rings();
+            }
             let handlers = (0..queues).map(|_| Box::new(block.handler()) as _).collect();
             let name = format!("disk{number}");
             let (function, servers) = plug(board, ram, at, gsi(at), &name, Box::new(block), handlers)?;
