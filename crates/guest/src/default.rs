@@ -233,7 +233,8 @@ impl DefaultGuest {
 fn write_initrd(files: &GuestFiles, modules: &[String]) -> Result<(), GuestError> {
     let busybox = fs::read(&files.busybox).map_err(GuestError::io("read", &files.busybox))?;
     let dir = files.busybox.parent().unwrap_or(Path::new(""));
-    let archive = Initramfs { busybox, modules: modules::read(dir, modules)? }.build();
+    let archive =
+        Initramfs { busybox, modules: Vec::new(), disk_modules: modules::read(dir, modules)? }.build();
     cache::write_whole(&files.initrd, &archive.map_err(GuestError::io("write", &files.initrd))?)
 }
 

@@ -10,7 +10,7 @@ pub(crate) const INIT: &str = include_str!("../assets/init");
 /// What its shells read first.
 const PROFILE: &str = include_str!("../assets/profile");
 /// Counts changes of the layout below that the files above do not show.
-const LAYOUT: &str = "1";
+const LAYOUT: &str = "2";
 
 const DIRECTORIES: &[&str] = &[
     "bin",
@@ -47,6 +47,8 @@ pub struct Initramfs {
     pub busybox: Vec<u8>,
     /// Modules in the order in which they are to be loaded.
     pub modules: Vec<Module>,
+    /// Modules that are loaded after those, where there are virtio disks.
+    pub disk_modules: Vec<Module>,
 }
 
 impl Initramfs {
@@ -67,13 +69,15 @@ impl Initramfs {
         ] {
             archive.file(name, 0o644, content.as_bytes())?;
         }
-        let mut order = String::new();
-        for module in &self.modules {
-            archive.file(&format!("lib/modules/{}", module.name), 0o644, &module.content)?;
-            order.push_str(&module.name);
-            order.push('\n');
+        for (list, modules) in [("order", &self.modules), ("order-disks", &self.disk_modules)] {
+            let mut order = String::new();
+            for module in modules {
+                archive.file(&format!("lib/modules/{}", module.name), 0o644, &module.content)?;
+                order.push_str(&module.name);
+                order.push('\n');
+            }
+            archive.file(&format!("lib/modules/{list}"), 0o644, order.as_bytes())?;
         }
-        archive.file("lib/modules/order", 0o644, order.as_bytes())?;
         archive.file("init", 0o755, INIT.as_bytes())?;
         archive.finish()
     }
@@ -91,7 +95,7 @@ mod tests {
     #[test]
     fn the_same_content_gives_the_same_bytes() {
         let module = Module { name: "virtio.ko".into(), content: vec![7; 33] };
-        let initramfs = Initramfs { busybox: vec![1; 1001], modules: vec![module] };
+        let initramfs = Initramfs { busybox: vec![1; 1001], modules: vec![module], disk_modules: Vec::new() };
         let bytes = initramfs.build().unwrap();
         assert_eq!(bytes, initramfs.build().unwrap());
         let text = String::from_utf8_lossy(&bytes);

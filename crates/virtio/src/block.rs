@@ -4,6 +4,7 @@ mod request;
 #[cfg(test)]
 mod tests;
 
+use std::cell::Cell;
 use std::sync::Arc;
 
 use ruse_block::Disk;
@@ -26,8 +27,8 @@ pub const SECTOR: u64 = 512;
 /// Bytes of a serial number (5.2.6.1).
 pub const SERIAL_LEN: usize = 20;
 /// The most sectors and ranges of a request to discard or to zero.
-const MOST_SECTORS: u32 = 1 << 22;
-const MOST_RANGES: u32 = 32;
+const MOST_SECTORS: u32 = 1 << 17;
+const MOST_RANGES: u32 = 16;
 
 /// Feature bits (5.2.3).
 mod feature {
@@ -65,7 +66,7 @@ impl Block {
 
     /// What serves one of its queues.
     pub fn handler(&self) -> BlockHandler {
-        BlockHandler { disk: self.disk.clone(), serial: self.serial }
+        BlockHandler { disk: self.disk.clone(), serial: self.serial, complained: Cell::new(false) }
     }
 
     /// Whole sectors of the disk.
@@ -119,6 +120,8 @@ impl Device for Block {
 pub struct BlockHandler {
     disk: Arc<dyn Disk>,
     serial: [u8; SERIAL_LEN],
+    /// The disk has failed before, of which the log tells once.
+    complained: Cell<bool>,
 }
 
 impl Handler for BlockHandler {
@@ -126,7 +129,8 @@ impl Handler for BlockHandler {
         // A driver that knows of no flush relies on what is written being there (5.2.6.2).
         let write_through = work.features & feature::FLUSH == 0;
         serve(&mut work.queue, dma, |chain| {
-            Request { chain, dma, disk: &*self.disk, serial: &self.serial, write_through }.serve()
+            let (disk, serial, complained) = (&*self.disk, &self.serial, &self.complained);
+            Request { chain, dma, disk, serial, write_through, complained }.serve()
         })
     }
 }

@@ -274,12 +274,14 @@ impl Core {
     /// Takes a queue back. `result` is what came of serving it. Says whether there is more to be done.
     pub fn finish(&mut self, work: Work, result: Result<Served, RingError>) -> bool {
         let Some(slot) = self.slots.get_mut(usize::from(work.index)) else { return false };
+        let over = slot.resetting || self.resetting;
         if slot.resetting {
             *slot = Slot::new(slot.most);
         } else {
             slot.place = Place::Here(work.queue);
         }
-        if self.resetting {
+        if over {
+            // Nobody waits for what has come of it.
             self.finish_reset();
             return false;
         }
@@ -291,7 +293,7 @@ impl Core {
                 served.more
             }
             Err(error) => {
-                tracing::warn!(%error, kind = self.device.identity().kind, queue = work.index, "a device needs a reset");
+                tracing::info!(%error, kind = self.device.identity().kind, queue = work.index, "a device needs a reset");
                 self.status |= status::NEEDS_RESET;
                 self.notices.push(Notice::Config);
                 false

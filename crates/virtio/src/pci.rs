@@ -124,7 +124,10 @@ impl VirtioPci {
         let mut window = capability(WINDOW_TYPE, 0, 0).to_vec();
         window.extend([0; 4]);
         window[0] += 4;
-        let writable = [0, 0, 0xff, 0, 0, 0, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff];
+        let mut writable = [0; 18];
+        // The range, and from the offset on all registers.
+        writable[2] = 0xff;
+        writable[6..].fill(0xff);
         let window = space.add_capability(CAPABILITY, &window, &writable).into();
         let (pin, vectors) = (IntxPin::new(at, gsi), Vectors::none(core.queues()));
         Self { space, msix, core, pin, window, selected: Selected::default(), vectors, isr: 0 }
@@ -277,6 +280,8 @@ impl PciFunction for VirtioPci {
         if register == self.window + WINDOW_DATA
             && let Some((offset, width)) = self.window_access()
         {
+            // A part of the register may have been written before.
+            let value = self.space.read(register);
             self.write(access.effects, offset, &value.to_le_bytes()[..width]);
         }
         self.msix.changed(access.effects, &self.space);

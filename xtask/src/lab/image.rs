@@ -27,7 +27,7 @@ impl Image {
     pub fn prepare(name: &str, archive: Archive) -> Result<Image> {
         let guest = DefaultGuest::new()?.prepare(&mut Silent)?;
         let modules = modules(&guest)?;
-        let base = Initramfs { busybox: fs::read(&guest.busybox)?, modules };
+        let base = Initramfs { busybox: fs::read(&guest.busybox)?, modules, disk_modules: Vec::new() };
         let mut bytes = base.build()?;
         // The kernel unpacks one archive after the other.
         bytes.extend(archive.finish()?);

@@ -112,9 +112,10 @@ impl PciHost {
         Ok(())
     }
 
-    /// Unplugs a function.
+    /// Unplugs a function, which lets go of its interrupt pin.
     pub fn remove(&mut self, access: &mut Access, at: PciAddress) -> Option<SharedFunction> {
         let function = self.functions.remove(&at)?;
+        lock(&function).reset(access);
         if let Some(port) = self.port_at_power_up(at.bus).filter(|_| at.bus != 0) {
             lock(port).set_occupied(access, false);
         }
@@ -155,8 +156,8 @@ impl PciHost {
         self.functions.get(&PciAddress { bus, ..at })
     }
 
-    /// Where all functions answer now.
-    fn ranges(&self) -> PciRanges {
+    /// Where all functions answer now: of interest to whoever has given them saved states.
+    pub fn ranges(&self) -> PciRanges {
         let mut ranges = PciRanges::default();
         for (&at, function) in &self.functions {
             let port = if at.bus == 0 { None } else { self.port_at_power_up(at.bus) };

@@ -113,9 +113,10 @@ impl RootPort {
     }
 
     /// Takes a saved state.
-    pub fn restore(&mut self, state: &RootPortState) {
+    pub fn restore(&mut self, access: &mut Access, state: &RootPortState) {
         self.space.restore(&state.space);
         (self.occupied, self.raised) = (state.occupied, state.raised);
+        self.update_interrupt(access.effects);
     }
 }
 
@@ -254,7 +255,12 @@ mod tests {
         assert_eq!(port.space.read(slot), u32::from(PRESENT) << 16);
         let saved = port.state();
         let mut other = self::port();
-        other.restore(&saved);
+        with(&mut other, |port, access| port.restore(access, &saved));
         assert_eq!(other.state(), saved);
+        write(&mut other, slot, ENABLES, 0x3);
+        let events = with(&mut other, |port, access| port.set_occupied(access, false));
+        let saved = other.state();
+        let effects = with(&mut self::port(), |port, access| port.restore(access, &saved));
+        assert_eq!(effects.intx, events.intx, "the pin is held again");
     }
 }

@@ -1,5 +1,6 @@
 //! One request (virtio 1.2, 5.2.6): a header, data, and a byte for the answer.
 
+use std::cell::Cell;
 use std::io;
 
 use ruse_block::{Disk, Slice};
@@ -39,6 +40,8 @@ enum Status {
 enum Failure {
     /// The driver hears of it.
     Request(Status),
+    /// The disk has failed, of which the driver hears too.
+    Disk(io::Error),
     /// The chain is broken.
     Ring(RingError),
 }
@@ -51,8 +54,7 @@ impl From<RingError> for Failure {
 
 impl From<io::Error> for Failure {
     fn from(error: io::Error) -> Self {
-        tracing::warn!(%error, "a request to a disk has failed");
-        Self::Request(Status::IoError)
+        Self::Disk(error)
     }
 }
 
@@ -66,6 +68,7 @@ pub(super) struct Request<'a> {
     pub(super) disk: &'a dyn Disk,
     pub(super) serial: &'a [u8; SERIAL_LEN],
     pub(super) write_through: bool,
+    pub(super) complained: &'a Cell<bool>,
 }
 
 impl Request<'_> {
@@ -77,6 +80,12 @@ impl Request<'_> {
         let (status, written) = match self.run(answer_at) {
             Ok(written) => (Status::Ok, written),
             Err(Failure::Request(status)) => (status, 0),
+            Err(Failure::Disk(error)) => {
+                if !self.complained.replace(true) {
+                    tracing::warn!(%error, "a disk fails; more of its errors are the guest's alone");
+                }
+                (Status::IoError, 0)
+            }
             Err(Failure::Ring(error)) => return Err(error),
         };
         self.chain.write(self.dma, answer_at, &[status as u8])?;

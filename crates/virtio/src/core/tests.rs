@@ -78,7 +78,8 @@ fn a_queue_is_reset_alone_and_enabled_again() {
     let work = core.begin(0).unwrap();
     core.reset_queue(0);
     assert!(core.is_queue_resetting(0) && core.is_enabled(0));
-    core.finish(work, Ok(Served::default()));
+    assert!(!core.finish(work, Ok(Served { interrupt: true, more: true })));
+    assert!(core.take_notices().is_empty());
     assert!(!core.is_queue_resetting(0) && !core.is_enabled(0));
     core.set_layout(0, |layout| *layout = LAYOUT);
     core.enable(0);
