@@ -8,6 +8,7 @@ mod run;
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
+use ruse_guest::{DefaultGuest, Silent};
 
 pub use archive::{Archive, read};
 use build::Programs;
@@ -18,8 +19,9 @@ pub use run::command;
 use crate::bench::{Materials, QEMU, qemu_is_here};
 use crate::vmlinux;
 
-/// Boots of the stock kernel to the benchmark guest's init: the kernel's form and the guest's CPUs. The last one reboots.
-const BOOTS: [&str; 5] = ["bzimage-1", "bzimage-2", "vmlinux-1", "vmlinux-2", "reboot-2"];
+/// Boots of the stock kernel to the benchmark guest's init: the kernel's form and the guest's CPUs. One reboots, one boots the
+/// default guest with a disk.
+const BOOTS: [&str; 6] = ["bzimage-1", "bzimage-2", "vmlinux-1", "vmlinux-2", "reboot-2", "disk-2"];
 
 /// What to run in the lab.
 #[derive(Args)]
@@ -69,6 +71,7 @@ fn archive(programs: &Programs) -> Result<Archive> {
     archive.file("lab/vmlinux", 0o644, &vmlinux::extract(&kernel).context("no ELF file in the kernel")?)?;
     archive.file("lab/bzimage", 0o644, &kernel)?;
     archive.file("lab/guest.cpio.gz", 0o644, &read(&materials.initrd)?)?;
+    archive.file("lab/default.cpio", 0o644, &read(&DefaultGuest::new()?.prepare(&mut Silent)?.initrd)?)?;
     Ok(archive)
 }
 
