@@ -46,13 +46,20 @@ impl Engine for FakeEngine {
         CpuidTable::default()
     }
     fn create_vm(&self, _ram: GuestRam, _clock: Arc<Clock>) -> Result<Arc<dyn Vm>, EngineError> {
-        Ok(Arc::new(FakeVm { program: self.0.clone(), doorbells: DoorbellTable::default() }))
+        Ok(Arc::new(FakeVm { program: self.0.clone(), doorbells: Arc::default() }))
     }
 }
 
-struct FakeVm {
+pub(crate) struct FakeVm {
     program: Arc<Program>,
-    doorbells: DoorbellTable,
+    doorbells: Arc<DoorbellTable>,
+}
+
+impl FakeVm {
+    /// A VM whose vCPUs sleep, and whose doorbells the test rings.
+    pub(crate) fn with_doorbells(doorbells: Arc<DoorbellTable>) -> Self {
+        Self { program: Arc::new(|_, _, _, _| Flow::Sleep), doorbells }
+    }
 }
 
 impl Vm for FakeVm {
@@ -61,7 +68,7 @@ impl Vm for FakeVm {
         Ok(Box::new(FakeVcpu { id, program, handle, state: VcpuState::default(), starts: 0, steps: 0 }))
     }
     fn doorbells(&self) -> &dyn Doorbells {
-        &self.doorbells
+        &*self.doorbells
     }
     fn write_log(&self) -> &dyn WriteLog {
         self

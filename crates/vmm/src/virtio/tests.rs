@@ -4,12 +4,13 @@ use std::time::{Duration, Instant};
 
 use ruse_devices::pci::{ECAM_BASE, PciWindows};
 use ruse_devices::rtc::{Rtc, RtcConfig};
-use ruse_engine::{Bus, Clock};
+use ruse_engine::{Bus, Clock, DoorbellTable, IoAddress};
 use ruse_virtio::ring::driver::Driver;
 use ruse_virtio::{Buffer, Dma, features};
 
 use super::*;
 use crate::config::DiskConfig;
+use crate::fake::FakeVm;
 use crate::lifecycle::{Lifecycle, Phase};
 use crate::platform::Platform;
 
@@ -26,6 +27,8 @@ struct Bench {
     ram: GuestRam,
     file: tempfile::NamedTempFile,
     driver: Driver,
+    /// The engine's doorbells.
+    doorbells: Arc<DoorbellTable>,
     disk: AttachedDisk,
     threads: Vec<JoinHandle<()>>,
 }
@@ -37,7 +40,10 @@ impl Bench {
         let windows = PciWindows { ports: 0x1000..=0xffff, memory: vec![BAR..=0xdfff_ffff] };
         let platform = Platform::new(Rtc::new(RtcConfig::default()), false, windows).unwrap();
         let lifecycle = Arc::new(Lifecycle::new(0).unwrap());
-        let board = Arc::new(Board::new(0, Arc::new(Clock::start()), platform, lifecycle, None).unwrap());
+        let doorbells = Arc::<DoorbellTable>::default();
+        let vm = Arc::new(FakeVm::with_doorbells(doorbells.clone()));
+        let clock = Arc::new(Clock::start());
+        let board = Arc::new(Board::new(0, clock, platform, lifecycle, Some(vm)).unwrap());
         let ram = GuestRam::new(1 << 20).unwrap();
         let config: DiskConfig = format!("{},queues=1", file.path().display()).parse().unwrap();
         let opened = AttachedDisk::open_all(std::slice::from_ref(&config)).unwrap();
@@ -46,7 +52,7 @@ impl Bench {
         board.assign_pci();
         let threads = servers.into_iter().map(|server| server.spawn().unwrap()).collect();
         let (driver, disk) = (Driver::new(0x1_0000, 8, 0), disks.remove(0));
-        let bench = Self { board, ram, file, driver, disk, threads };
+        let bench = Self { board, ram, file, driver, doorbells, disk, threads };
         bench.start();
         bench
     }
@@ -76,15 +82,19 @@ impl Bench {
         assert_eq!(self.read(0x14), 15);
     }
 
-    /// Makes a request to write what is at `DATA` to the first sector.
+    /// Makes a request to write these bytes to the first sector, and notifies by way of the bus.
     fn send(&mut self, bytes: &[u8; 512]) {
+        self.add(bytes);
+        self.write(0x3000, &[0, 0]);
+    }
+
+    fn add(&mut self, bytes: &[u8; 512]) {
         let dma = Dma::new(&self.ram);
         dma.write(HEADER, &[1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]).unwrap();
         dma.write(DATA, bytes).unwrap();
         let part = |at, len, write| (Buffer { at, len }, write);
         let parts = [part(HEADER, 16, false), part(DATA, 512, false), part(STATUS, 1, true)];
         self.driver.add(&dma, &parts, false).unwrap();
-        self.write(0x3000, &[0, 0]);
     }
 
     fn is_answered(&mut self, patience: Duration) -> bool {
@@ -124,6 +134,23 @@ fn a_request_reaches_the_file_and_its_answer_the_driver() {
     while bench.read(0x1000) != 1 {
         assert!(Instant::now() < limit, "no interrupt");
     }
+}
+
+#[test]
+fn the_engine_catches_notifications_wherever_the_range_is() {
+    let mut bench = Bench::new();
+    let mut reader = bench.doorbells.reader();
+    let mut ring = |range: u64| reader.ring(IoAddress::Memory(range + 0x3000), &[0, 0]);
+    bench.add(&[7; 512]);
+    assert!(ring(BAR));
+    assert!(bench.is_answered(PATIENCE));
+    let elsewhere = BAR + 0x10_0000;
+    bench.board.mmio_write(0, ECAM_BASE + (8 << 15) + 0x10, &(elsewhere as u32).to_le_bytes());
+    bench.add(&[8; 512]);
+    assert!(!ring(BAR) && ring(elsewhere));
+    assert!(bench.is_answered(PATIENCE));
+    bench.board.mmio_write(0, ECAM_BASE + (8 << 15) + 4, &[4, 0]);
+    assert!(!ring(elsewhere), "memory is not enabled");
 }
 
 #[test]
