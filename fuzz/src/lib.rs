@@ -10,6 +10,7 @@ mod input;
 mod loader;
 mod options;
 mod packages;
+mod scan;
 mod tier0;
 mod translator;
 mod vcpu;
@@ -32,6 +33,7 @@ pub const TARGETS: &[Target] = &[
     Target { name: "tier0", run: tier0::run, len: 256, cases: 3000 },
     Target { name: "translator", run: translator::run, len: 256, cases: 3000 },
     Target { name: "devices", run: devices::run, len: 2048, cases: 4000 },
+    Target { name: "scan", run: scan::run, len: 512, cases: 1500 },
     Target { name: "virtio", run: virtio::run, len: 1024, cases: 8000 },
     Target { name: "loader", run: loader::run, len: 256, cases: 2000 },
     Target { name: "packages", run: packages::run, len: 256, cases: 400 },

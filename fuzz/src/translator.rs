@@ -25,7 +25,7 @@ pub(crate) fn run(data: &[u8]) {
     let guest = Guest::new(u, &[Mode::Long]);
     let ram = Guest::ram();
     guest.load(&ram);
-    let engine = DbtEngine::new(DbtOptions { tier: None, check, audit: true });
+    let engine = DbtEngine::new(DbtOptions { check, audit: true, ..DbtOptions::default() });
     let clock = Arc::new(Clock::with_frequency(2_000_000_000));
     let vm = engine.create_vm(ram.clone(), clock).expect("a VM");
     let mut vcpu = vm.create_vcpu(0, engine.supported_cpuid()).expect("a vCPU");

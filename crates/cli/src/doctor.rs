@@ -44,6 +44,13 @@ fn describe(report: &HostReport) -> String {
                 Err(error) => format!("executable memory cannot be made: {error}"),
             },
         ),
+        (
+            "direct execution",
+            match &report.direct_execution {
+                Ok(()) => "user code can run in processes of its own".into(),
+                Err(error) => format!("user code is translated: {error}"),
+            },
+        ),
         ("address space", limit(report.limits.address_space)),
         ("locked memory", limit(report.limits.locked_memory)),
         ("open files", number(report.limits.open_files)),
@@ -57,5 +64,5 @@ fn describe(report: &HostReport) -> String {
         ),
         ("--accel auto", format!("{}: {}", engine_name(report.auto.engine), report.auto.reason)),
     ];
-    lines.iter().map(|(name, value)| format!("{name:15} {value}\n")).collect()
+    lines.iter().map(|(name, value)| format!("{name:17} {value}\n")).collect()
 }

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 use ruse_vmm::config::{Topology, parse_size};
-use ruse_vmm::{Accel, CpuModel, DiskConfig, SerialMode};
+use ruse_vmm::{Accel, CpuModel, Direct, DiskConfig, SerialMode};
 
 /// What follows the help.
 const EXIT_CODES: &str = "\
@@ -87,6 +87,9 @@ pub struct RunOptions {
     /// Run both tiers of the translator in lock-step and stop at the first difference.
     #[arg(long)]
     pub check: bool,
+    /// When the translator lets user code run directly on the host's CPU: auto (where that is faster), always or off.
+    #[arg(long, value_name = "WHEN", default_value = "auto")]
+    pub direct: Direct,
     /// Write names of translated code to /tmp/perf-PID.map, for perf report.
     #[arg(long)]
     pub perf_map: bool,

@@ -61,6 +61,7 @@ fn config(options: &RunOptions) -> MachineConfig {
         accel: options.accel,
         tier: options.tier,
         check: options.check,
+        direct: options.direct,
         perf_map: options.perf_map,
         jitdump: options.jitdump.clone(),
         ..MachineConfig::new(kernel)

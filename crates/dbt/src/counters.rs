@@ -29,6 +29,33 @@ pub struct Counters {
     pub interrupts: u64,
     /// Nanoseconds spent in translation.
     pub translation_ns: u64,
+    /// Direct execution.
+    pub direct: Direct,
+}
+
+/// What direct execution of user code counts.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Direct {
+    /// Address spaces that were given a process.
+    pub spaces: u64,
+    /// Times that user code was entered.
+    pub runs: u64,
+    /// Ways out of user code: system calls, page faults, other exceptions, and because somebody asked.
+    pub system_calls: u64,
+    /// See above.
+    pub faults: u64,
+    /// See above.
+    pub exceptions: u64,
+    /// See above.
+    pub kicks: u64,
+    /// Page faults that were not the guest's: a mapping was made.
+    pub mapped: u64,
+    /// Ranges mapped and unmapped.
+    pub maps: u64,
+    /// See above.
+    pub unmaps: u64,
+    /// Jumps to pages with instructions that must not run directly.
+    pub detours: u64,
 }
 
 /// Calls of helpers by translated code, and how many of them did not lead back to where they came from.
@@ -70,6 +97,7 @@ impl Default for Counters {
             exceptions: [0; EXCEPTIONS],
             interrupts: 0,
             translation_ns: 0,
+            direct: Direct::default(),
         }
     }
 }
@@ -111,6 +139,19 @@ impl Counters {
             ("events.interrupts", self.interrupts),
             ("tier0", self.tier0),
             ("translation.ns", self.translation_ns),
+        ]);
+        let d = &self.direct;
+        all.extend([
+            ("direct.spaces", d.spaces),
+            ("direct.runs", d.runs),
+            ("direct.system_calls", d.system_calls),
+            ("direct.faults", d.faults),
+            ("direct.faults.mapped", d.mapped),
+            ("direct.exceptions", d.exceptions),
+            ("direct.kicks", d.kicks),
+            ("direct.maps", d.maps),
+            ("direct.unmaps", d.unmaps),
+            ("direct.detours", d.detours),
         ]);
         all.extend(exit::COUNTERS.into_iter().zip(self.exits));
         all.extend(MISSES.into_iter().flatten().zip(self.misses.into_iter().flatten()));

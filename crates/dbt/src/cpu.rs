@@ -11,7 +11,7 @@ use std::{
 use ruse_arch::{
     DescriptorTable, Exception, MpState, Segment, VcpuState,
     flags::{cr0, cr4, efer, rflags},
-    paging::{PagingMode, Privilege},
+    paging::{PHYS_BITS, PagingMode, Privilege},
     state::{reg, seg},
 };
 use ruse_engine::{Bus, Clock, CpuidTable, DoorbellReader, IoAddress};
@@ -19,6 +19,7 @@ use ruse_engine::{Bus, Clock, CpuidTable, DoorbellReader, IoAddress};
 use crate::{
     backend::x86_64::{groups::GROUPS, loops::FIRST_ROUNDS},
     counters::Counters,
+    direct::{self, Running},
     mmu::Mmu,
 };
 
@@ -55,12 +56,15 @@ pub struct Shared {
     pub requests: AtomicU32,
     /// Vector of the last start-up IPI.
     pub sipi_vector: AtomicU8,
+    /// What stops user code that is executed directly, as it looks at no requests.
+    pub direct: Running,
 }
 
 impl Shared {
     /// Adds requests; the caller wakes the thread.
     pub fn raise(&self, bits: u32) {
         self.requests.fetch_or(bits, Ordering::SeqCst);
+        self.direct.stop();
     }
     /// Takes the given requests away and says which were there.
     pub fn take(&self, bits: u32) -> u32 {
@@ -250,6 +254,8 @@ pub struct Cpu {
     pub clock: Arc<Clock>,
     /// The software MMU.
     pub mmu: Mmu,
+    /// Which user code is executed directly.
+    pub direct: direct::Policy,
     /// Decoded instructions of tier 0.
     pub decoded: crate::tier0::DecodeCache,
     /// Counters for diagnosis.
@@ -407,6 +413,7 @@ impl Cpu {
             id,
             clock,
             mmu,
+            direct: direct::Policy::new(direct::DirectMode::Off, 0),
             decoded: crate::tier0::DecodeCache::default(),
             counters: Counters::default(),
             debug_hits: 0,
@@ -513,6 +520,11 @@ impl Cpu {
             Who::Current => Privilege { user: self.mode.cpl == 3, ac: self.rflags & rflags::AC != 0 },
             Who::System => Privilege { user: false, ac: false },
         }
+    }
+
+    /// CR3 without its flags.
+    pub fn root(&self) -> u64 {
+        self.paging.cr3 & ((1 << PHYS_BITS) - 1) & !0xfff
     }
 
     /// The guest's time-stamp counter now.

@@ -8,6 +8,7 @@ pub mod code_memory;
 pub mod counters;
 pub mod cpu;
 pub mod cpuid;
+pub mod direct;
 pub mod frontend;
 pub mod ir;
 pub mod mmu;
@@ -16,6 +17,7 @@ pub mod runtime;
 pub mod single;
 pub mod tier0;
 
+pub use direct::DirectMode;
 pub use runtime::{
     engine::{DbtEngine, DbtOptions},
     profile::ProfileOptions,

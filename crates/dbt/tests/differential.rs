@@ -145,3 +145,22 @@ fn code_that_is_copied_for_another_address_does_the_same() {
     // Programs that write into themselves begin with other code at the second address.
     assert!(copied * 5 > made, "{copied} copies of {made} blocks");
 }
+
+/// Whether user code can be executed directly here; says so if not.
+fn can_run_directly() -> bool {
+    let file = rustix::fs::memfd_create("probe", rustix::fs::MemfdFlags::CLOEXEC).expect("a memory file");
+    let probe = ruse_sandbox::Sandbox::new(std::os::fd::AsFd::as_fd(&file));
+    probe.inspect_err(|error| eprintln!("SKIPPED: {error}")).is_ok()
+}
+
+#[test]
+fn code_that_runs_directly_does_the_same() {
+    if !can_run_directly() {
+        return;
+    }
+    let mut direct = Translator::directly();
+    run("direct", &mut direct, sequences(6 << 40, 5_000).chain(programs(7 << 40, 2_000)));
+    let (runs, mapped) = (direct.counter("direct.runs"), direct.counter("direct.faults.mapped"));
+    eprintln!("direct: entered {runs} times, {mapped} faults");
+    assert!(runs >= 7_000, "not everything ran directly");
+}

@@ -16,7 +16,7 @@ use std::sync::Arc;
 
 pub use apics::{LocalApics, Message, MessageSource};
 pub use bus::{Bus, MsrFault};
-pub use clock::{Clock, TscMeasurement};
+pub use clock::{Clock, TscMeasurement, host_tsc};
 pub use counters::Counters;
 pub use cpuid::{CpuidEntry, CpuidTable};
 pub use dirty::{DirtyLog, WriteLog};

@@ -9,7 +9,11 @@ mod file;
 mod layout;
 mod tracker;
 
-use std::{fs::File, os::fd::AsRawFd, sync::Arc};
+use std::{
+    fs::File,
+    os::fd::{AsFd, AsRawFd, BorrowedFd},
+    sync::Arc,
+};
 
 pub use dirty::DirtyPages;
 pub use layout::Layout;
@@ -140,6 +144,16 @@ impl GuestRam {
     /// The memfd behind RAM, in which the regions lie one behind the other.
     pub fn raw_fd(&self) -> i32 {
         self.inner.file.as_raw_fd()
+    }
+    /// As [`Self::raw_fd`].
+    pub fn file(&self) -> BorrowedFd<'_> {
+        self.inner.file.as_fd()
+    }
+    /// Where the page that holds `gpa` lies in [`Self::file`]; `None` where there is no RAM.
+    pub fn file_offset(&self, gpa: u64) -> Option<u64> {
+        let index = self.region(gpa)?;
+        let before: u64 = self.inner.regions[..index].iter().map(|r| r.size).sum();
+        Some(before + ((gpa - self.inner.regions[index].gpa) & !(PAGE_SIZE - 1)))
     }
     /// Host address of the page of RAM that holds `gpa`, or `None` where there is no RAM. The page stays mapped as
     /// long as `self`; whoever writes through the address reports it to [`Self::tracker`].

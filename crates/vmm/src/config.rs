@@ -38,6 +38,32 @@ pub enum Accel {
     Dbt,
 }
 
+/// When the translator executes user code directly, in a process of its own.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Direct {
+    /// Where that is faster.
+    #[default]
+    Auto,
+    /// Wherever that is possible.
+    Always,
+    /// Never.
+    Off,
+}
+
+impl std::str::FromStr for Direct {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            "always" => Ok(Self::Always),
+            "off" => Ok(Self::Off),
+            _ => Err("expected auto, always or off".into()),
+        }
+    }
+}
+
 impl std::str::FromStr for Accel {
     type Err = String;
 
@@ -108,6 +134,8 @@ pub struct MachineConfig {
     pub tier: Option<u8>,
     /// Run both executors of the translator in lock-step and compare.
     pub check: bool,
+    /// When the translator executes user code directly.
+    pub direct: Direct,
     /// Write names of translated code for `perf report`.
     pub perf_map: bool,
     /// Write translated code for `perf inject --jit` into a file in this directory.
@@ -132,6 +160,7 @@ impl MachineConfig {
             accel: Accel::default(),
             tier: None,
             check: false,
+            direct: Direct::default(),
             perf_map: false,
             jitdump: None,
         }
@@ -193,6 +222,13 @@ impl MachineConfig {
                 why: "the check runs both tiers",
             });
         }
+        if self.direct != Direct::default() && (self.check || self.tier == Some(0)) {
+            return Err(ConfigError::Contradiction {
+                one: "--direct",
+                other: if self.check { "--check" } else { "--tier 0" },
+                why: "nothing is executed directly there",
+            });
+        }
         match self.translator_option() {
             Some(option) if self.accel == Accel::Kvm => Err(ConfigError::Contradiction {
                 one: option,
@@ -208,6 +244,7 @@ impl MachineConfig {
         let options = [
             ("--tier", self.tier.is_some()),
             ("--check", self.check),
+            ("--direct", self.direct != Direct::default()),
             ("--perf-map", self.perf_map),
             ("--jitdump", self.jitdump.is_some()),
         ];
@@ -346,6 +383,8 @@ mod tests {
         assert!(profile.contains("--perf-map and --accel kvm"), "{profile}");
         assert_eq!(with(|c| c.tier = Some(2)), Err(ConfigError::Tier));
         assert_eq!(with(|c| c.slots = 9), Err(ConfigError::TooManySlots { asked: 9 }));
+        let plain = with(|c| (c.tier, c.direct) = (Some(0), Direct::Always)).unwrap_err().to_string();
+        assert!(plain.contains("--direct and --tier 0"), "{plain}");
         assert_eq!(with(|c| c.name.clear()), Err(ConfigError::Name));
     }
 

@@ -1,6 +1,7 @@
 //! What this host offers to a machine, and which engine `auto` takes.
 
 use std::fs;
+use std::os::fd::AsFd;
 
 use rustix::fs::MemfdFlags;
 use rustix::process::{Resource, getrlimit};
@@ -8,6 +9,7 @@ use serde::Serialize;
 
 use ruse_kvm::KvmEngine;
 use ruse_kvm::probe::{Speed, measure};
+use ruse_sandbox::{Sandbox, SandboxError};
 
 use crate::config::{Accel, MachineConfig};
 use crate::host::{HostCpu, host_memory};
@@ -49,6 +51,8 @@ pub struct HostReport {
     pub kvm: KvmReport,
     /// Whether memory for generated code can be made: anonymous files, mapped executable.
     pub executable_memory: Result<(), String>,
+    /// Whether user code can be executed directly, in a process of its own.
+    pub direct_execution: Result<(), String>,
     /// Limits of this process.
     pub limits: Limits,
     /// Linux's kernel.perf_event_paranoid, if it has the interface.
@@ -168,6 +172,7 @@ impl HostReport {
             auto: kvm.choice(),
             kvm,
             executable_memory: probe_executable_memory().map_err(|error| error.to_string()),
+            direct_execution: probe_direct_execution().map_err(|error| error.to_string()),
             limits: Limits::detect(),
             perf_event_paranoid: read_number("/proc/sys/kernel/perf_event_paranoid"),
         }
@@ -202,6 +207,13 @@ fn probe_executable_memory() -> Result<(), rustix::io::Errno> {
             mmap(std::ptr::null_mut(), LEN, ProtFlags::READ | ProtFlags::EXEC, MapFlags::SHARED, &file, 0)?;
         munmap(page, LEN)
     }
+}
+
+/// Makes such a process.
+fn probe_direct_execution() -> Result<(), SandboxError> {
+    let file =
+        rustix::fs::memfd_create("probe", MemfdFlags::CLOEXEC).map_err(|e| SandboxError::Start(e.into()))?;
+    Sandbox::new(file.as_fd()).map(drop)
 }
 
 #[cfg(test)]

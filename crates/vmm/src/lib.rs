@@ -28,7 +28,7 @@ mod threads;
 mod virtio;
 mod wires;
 
-pub use config::{Accel, ConfigError, DiskConfig, MachineConfig, SerialMode, Topology};
+pub use config::{Accel, ConfigError, Direct, DiskConfig, MachineConfig, SerialMode, Topology};
 pub use console::{Console, ConsoleInput, ConsoleOutput};
 pub use cpuid::CpuModel;
 pub use dump::CpuDump;

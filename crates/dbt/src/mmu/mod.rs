@@ -3,6 +3,7 @@
 
 pub mod access;
 mod alone;
+pub mod changes;
 mod log;
 #[cfg(test)]
 mod read_only_tests;
@@ -27,6 +28,7 @@ use ruse_arch::{
 use ruse_memory::{GuestRam, RamRegion};
 
 use self::{
+    changes::{Change, Changes},
     tlb::{Entry, Fill, Jump, View},
     watch::CodeMap,
     writers::{Place, Writer, Writers},
@@ -87,6 +89,8 @@ pub struct Mmu {
     kernel_code_global: bool,
     /// Entries of this vCPU that may write, by page.
     writers: Writers,
+    /// For those who keep copies of mappings outside the TLB.
+    pub changes: Changes,
     /// Fills made, views flushed, pages flushed.
     fills: u64,
     flushes: u64,
@@ -110,6 +114,7 @@ impl Mmu {
             tick: 0,
             kernel_generation: next_generation(),
             kernel_code_global: true,
+            changes: Changes::default(),
             fills: 0,
             flushes: 0,
             page_flushes: 0,
@@ -226,6 +231,8 @@ impl Mmu {
 
     /// Everything of one process-context identifier goes that is not global (INVPCID type 1).
     pub fn flush_pcid(&mut self, pcid: u16) {
+        // Also if this MMU has forgotten it.
+        self.changes.note(Change::Space(pcid));
         if let Some(i) = self.spaces.iter().position(|s| s.pcid == pcid) {
             self.flush_space(i, true);
         }
@@ -234,6 +241,7 @@ impl Mmu {
     /// The page of `va` goes in all address spaces (INVLPG; more than INVPCID type 0 asks for).
     pub fn flush_page(&mut self, va: u64) {
         self.page_flushes += 1;
+        self.changes.note(Change::Page(va));
         let mut code = false;
         for space in &mut self.spaces {
             let mut here = false;
@@ -252,6 +260,7 @@ impl Mmu {
 
     /// Other vCPUs or this one must not write directly to the page any more.
     pub fn drop_writers(&mut self, gpa: u64) {
+        self.changes.note(Change::Writer(gpa));
         let Some(host) = self.host_page(gpa).map(|host| host as u64) else { return };
         match self.writers.get(gpa) {
             Writer::None => {}
@@ -267,6 +276,7 @@ impl Mmu {
 
     /// No page must be written to directly any more.
     pub fn drop_all_writers(&mut self) {
+        self.changes.note(Change::Writers);
         self.all_views().for_each(|view| view.drop_all_writers());
     }
 
@@ -358,6 +368,35 @@ impl Mmu {
         Ok((found, (access != Access::Write || write).then_some(host)))
     }
 
+    /// Where an access of user code to `va` leads that needs no marks in the page tables. The right to write is there only
+    /// where the page is marked dirty.
+    pub fn look(&mut self, mode: &PagingMode, va: u64) -> Option<Translation> {
+        let who = Privilege { user: true, ac: false };
+        let mut tables = Unmarked { tables: Physical { mmu: self }, missing: false };
+        let found = paging::walk(mode, va, Access::Read, who, &mut tables).ok()?;
+        (!tables.missing).then_some(Translation { writable: found.writable && found.dirty, ..found })
+    }
+
+    /// The process-context identifier in force, 0 if there are none.
+    pub fn pcid(&self) -> u16 {
+        self.spaces[self.current].pcid
+    }
+
+    /// The page of RAM may be written directly from now on, by what is told of [`Change::Writer`]; `false` if it may not,
+    /// because there is code on it or it is read-only.
+    pub fn may_write(&self, gpa: u64, written: bool) -> bool {
+        if self.writable_page(gpa).is_none() || !self.code.allow_writes(gpa, self.id) {
+            return false;
+        }
+        if self.code.is_logging() {
+            if !written {
+                return false;
+            }
+            self.note_write(gpa);
+        }
+        true
+    }
+
     /// For the dirty log: the page may be written from now on.
     fn note_write(&self, gpa: u64) {
         if let Some((tracker, offset)) = self.ram.tracker(gpa) {
@@ -399,6 +438,7 @@ impl Mmu {
 
     fn flush_space(&mut self, index: usize, keep_global: bool) {
         let space = &mut self.spaces[index];
+        self.changes.note(Change::Space(space.pcid));
         space.generation = next_generation();
         for view in &mut space.views {
             self.flushes += 1;
@@ -431,6 +471,24 @@ impl Physical<'_> {
             self.mmu.note_write(gpa);
         }
         Some(page.wrapping_add(gpa as usize & 0xfff))
+    }
+}
+
+/// Page tables that are only looked at.
+struct Unmarked<'a> {
+    tables: Physical<'a>,
+    /// An access would have to mark an entry.
+    missing: bool,
+}
+
+impl PhysMemory for Unmarked<'_> {
+    fn read_entry(&mut self, gpa: u64, wide: bool) -> u64 {
+        self.tables.read_entry(gpa, wide)
+    }
+
+    fn set_bits(&mut self, _: u64, _: bool, _: u64, _: u64) -> bool {
+        self.missing = true;
+        true
     }
 }
 

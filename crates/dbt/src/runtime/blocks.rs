@@ -297,6 +297,12 @@ impl Blocks {
         self.by_page.contains_key(&page)
     }
 
+    /// Offsets on a page at which blocks begin.
+    pub fn starts_on(&self, page: u64) -> Vec<u16> {
+        let blocks = self.by_page.get(&page).into_iter().flatten().map(|&id| &self.blocks[id as usize]);
+        blocks.filter(|b| b.page == page && b.alive).map(|b| (b.va & 0xfff) as u16).collect()
+    }
+
     /// Host address at which a block begins.
     pub fn entry(&self, block: u32) -> *const u8 {
         self.memory.rx_ptr().wrapping_add(self.blocks[block as usize].host as usize)

@@ -18,6 +18,7 @@ use super::{
 use crate::{
     cpu::{Arena, CpuBox, request},
     cpuid,
+    direct::DirectMode,
     mmu::{
         Mmu,
         watch::{CodeMap, MAX_VCPUS},
@@ -35,6 +36,8 @@ pub struct DbtOptions {
     /// Looks through all the code that it makes ([`crate::backend::x86_64::audit`]), and panics where that reaches more
     /// than it may: for tests.
     pub audit: bool,
+    /// When user code is executed directly.
+    pub direct: DirectMode,
 }
 
 /// Runs guest CPUs by dynamic binary translation.

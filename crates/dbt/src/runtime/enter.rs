@@ -188,6 +188,9 @@ fn next_code(cpu: &mut Cpu) -> Option<*const u8> {
     if waits && cpu.rflags & rflags::IF != 0 {
         return None;
     }
+    if cpu.mode.cpl == 3 && cpu.direct.enter(cpu.root()) {
+        return None;
+    }
     let mode = cpu.code_mode(false)?;
     cpu.kernel_generation = cpu.mmu.kernel_generation();
     cpu.rflags &= !rflags::RF;

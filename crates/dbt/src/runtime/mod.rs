@@ -20,4 +20,5 @@ mod system_tests;
 mod templates;
 #[cfg(test)]
 mod tests;
+mod user;
 pub mod vcpu;

@@ -9,16 +9,18 @@ use ruse_arch::{
     paging::{Access, is_canonical},
     state::{reg, seg},
 };
-use ruse_engine::{Bus, Counters, EngineError, Halt, Vcpu, VcpuHandle};
+use ruse_engine::{Bus, Counters, EngineError, Halt, Vcpu, VcpuHandle, host_tsc};
 
 use super::{
     blocks::{Blocks, Source},
     engine::{DbtOptions, Handle},
     enter, fault,
+    user::Direct,
 };
 use crate::{
     backend::x86_64::{exit, thunks::Calls},
     cpu::{Cpu, CpuBox, Who, request},
+    direct::Policy,
     frontend::x86_64::{CodeMode, Lifter, Piece},
     ir::Region,
     mmu::{
@@ -45,12 +47,13 @@ pub struct DbtVcpu {
     pub(super) cpu: CpuBox,
     pub(super) blocks: Blocks,
     handle: Arc<Handle>,
-    peer: Arc<Peer>,
+    pub(super) peer: Arc<Peer>,
     options: DbtOptions,
     /// A link by which translated code left, to be resolved when its target is found.
     pending_link: Option<u32>,
     /// What check mode found.
     mismatch: Option<String>,
+    pub(super) direct: Direct,
 }
 
 impl DbtVcpu {
@@ -79,7 +82,17 @@ impl DbtVcpu {
             blocks.audit();
         }
         cpu.update_mode();
-        Ok(Self { cpu, blocks, handle, peer, options, pending_link: None, mismatch: None })
+        cpu.direct = Policy::new(options.direct, cpu.clock.tsc_hz());
+        Ok(Self {
+            cpu,
+            blocks,
+            handle,
+            peer,
+            options,
+            pending_link: None,
+            mismatch: None,
+            direct: Direct::default(),
+        })
     }
 
     /// The CPU.
@@ -115,6 +128,7 @@ impl DbtVcpu {
             bus,
             |this| {
                 let result = body(this);
+                this.direct.place.leave();
                 // The host's x87 registers belong to this thread; whoever asks for the state may be another.
                 vector::spill_x87(&mut this.cpu);
                 result
@@ -136,6 +150,7 @@ impl DbtVcpu {
                 MpState::Halted | MpState::WaitForSipi => {
                     let shared = self.cpu.shared();
                     let ready = || shared.requests.load(std::sync::atomic::Ordering::SeqCst) != 0;
+                    self.direct.place.leave();
                     self.peer.outside(|| self.handle.parker.sleep_until(ready));
                     continue;
                 }
@@ -158,6 +173,10 @@ impl DbtVcpu {
         match event {
             Event::Exception(exception) => self.cpu.counters.exception(exception.vector),
             _ => self.cpu.counters.interrupts += 1,
+        }
+        if matches!(event, Event::Interrupt(_)) {
+            let (root, user) = (self.cpu.root(), self.cpu.mode.cpl == 3);
+            self.cpu.direct.interrupted(root, user, host_tsc());
         }
         if matches!(event, Event::Interrupt(_)) {
             paravirt::steal::tell(&mut self.cpu);
@@ -262,6 +281,10 @@ impl DbtVcpu {
 
     /// Runs translated code where that is possible, else one instruction in tier 0.
     fn execute(&mut self) -> Result<(), Exception> {
+        if self.direct.wants(&mut self.cpu) {
+            self.pending_link = None;
+            return self.run_directly();
+        }
         let mode = if self.options.tier == Some(0) { None } else { self.cpu.code_mode(self.options.check) };
         let Some(mut mode) = mode else { return tier0::step(&mut self.cpu) };
         let link = self.pending_link.and_then(|link| self.blocks.link_target(link));
@@ -367,7 +390,7 @@ impl DbtVcpu {
     }
 
     /// Sees to it that every write to the page is noticed from now on.
-    fn guard_page(&mut self, page: u64) {
+    pub(super) fn guard_page(&mut self, page: u64) {
         if self.blocks.has_page(page) {
             return;
         }
@@ -387,6 +410,7 @@ impl DbtVcpu {
                 self.cpu.mmu.code.unwatch(gpa, self.cpu.id);
             }
         }
+        self.direct.pool.forget_all_copies(&mut self.cpu);
         self.pending_link = None;
         self.cpu.mmu.flush_jumps();
     }
@@ -511,10 +535,11 @@ impl DbtVcpu {
         }
     }
 
-    fn invalidate(&mut self, gpa: u64, bytes: std::ops::Range<u32>) -> bool {
+    pub(super) fn invalidate(&mut self, gpa: u64, bytes: std::ops::Range<u32>) -> bool {
         let Some(page) = self.cpu.mmu.host_page(gpa) else { return false };
+        self.direct.pool.forget_copies(&mut self.cpu, gpa);
         let dropped = self.blocks.invalidate(page as u64, bytes);
-        if dropped && !self.blocks.has_page(page as u64) {
+        if !self.blocks.has_page(page as u64) {
             self.cpu.mmu.code.unwatch(gpa, self.cpu.id);
         }
         dropped

@@ -50,7 +50,7 @@ use crate::cpu::Cpu;
 type Handler = fn(&mut Cpu, &Insn) -> Result<(), Exception>;
 
 /// DR6.BS: a single step.
-const DR6_BS: u64 = 1 << 14;
+pub(crate) const DR6_BS: u64 = 1 << 14;
 
 /// Executes the instruction at CS:RIP.
 ///

@@ -20,10 +20,12 @@ use ruse_memory::GuestRam;
 const PML4: u64 = 0x1000;
 const PDPT: u64 = 0x2000;
 const PD: u64 = 0x3000;
-const DATA_TABLE: u64 = 0x4000;
+/// Page table of the data.
+pub const DATA_TABLE: u64 = 0x4000;
 const CODE_TABLE: u64 = 0x5000;
 const DATA: u64 = 0x1_0000;
-const CODE_PAGES: u64 = 0x2_0000;
+/// Where the code lies in RAM.
+pub const CODE_PAGES: u64 = 0x2_0000;
 
 /// Distances at which the same pages lie once more after [`add_aliases`].
 pub const ALIASES: [u64; 2] = [16 << 30, 0x5500_0000_0000];
@@ -79,7 +81,7 @@ pub fn add_aliases(ram: &GuestRam) {
 }
 
 /// Where a page of the data lies: what follows on in the program's memory does not in the guest's.
-fn data_page(page: u64) -> u64 {
+pub fn data_page(page: u64) -> u64 {
     DATA + (WINDOW_BYTES as u64 / 4096 - 1 - page) * 4096
 }
 

@@ -1,7 +1,8 @@
-//! The translator: blocks of host code, first made and then used again.
+//! The translator: blocks of host code, first made and then used again; or, as its user code may be, executed directly.
 
+use ruse_arch::flags::cr4;
 use ruse_cases::case::{Case, Executor, Outcome};
-use ruse_dbt::{DbtOptions, runtime::vcpu::DbtVcpu};
+use ruse_dbt::{DbtOptions, DirectMode, runtime::vcpu::DbtVcpu};
 use ruse_engine::Vcpu;
 use ruse_memory::GuestRam;
 
@@ -17,15 +18,27 @@ pub struct Translator {
     cases: u64,
     /// At which distances a case runs, one after the other; what becomes of it at the last one counts.
     places: &'static [u64],
+    name: &'static str,
 }
 
 impl Translator {
     /// A CPU with everything that the engine offers.
     pub fn new() -> Self {
+        Self::with("the translator", DirectMode::Off)
+    }
+
+    /// One that executes user code, which all cases are, directly.
+    pub fn directly() -> Self {
+        let mut direct = Self::with("direct execution", DirectMode::Always);
+        direct.vcpu.cpu_mut().paging.cr4 |= cr4::FSGSBASE;
+        direct
+    }
+
+    fn with(name: &'static str, direct: DirectMode) -> Self {
         let (cpu, ram) = machine();
-        let vcpu = DbtVcpu::new(cpu, DbtOptions { audit: true, ..DbtOptions::default() })
+        let vcpu = DbtVcpu::new(cpu, DbtOptions { audit: true, direct, ..DbtOptions::default() })
             .expect("memory for generated code");
-        Self { vcpu, ram, cases: 0, places: &[0] }
+        Self { vcpu, ram, cases: 0, places: &[0], name }
     }
 
     /// Each case runs at several addresses, so that code that was made for one is copied for the others.
@@ -63,7 +76,7 @@ impl Translator {
 
 impl Executor for Translator {
     fn name(&self) -> &'static str {
-        "the translator"
+        self.name
     }
     fn forgets_dead_flags(&self) -> bool {
         true

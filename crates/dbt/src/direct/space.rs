@@ -1,0 +1,365 @@
+//! One address space of the guest as a sandbox has it.
+
+use std::collections::HashMap;
+
+use ruse_arch::paging::{Access, Privilege, Translation};
+use ruse_memory::GuestRam;
+use ruse_sandbox::{Rights, Sandbox, SandboxError};
+
+use super::{
+    mappings::{Mappings, Run},
+    scan::{self, Page, Verdict},
+};
+use crate::{
+    cpu::Cpu,
+    mmu::{access::load, changes::Change},
+};
+
+const PAGE: u64 = 4096;
+/// Bytes around a page that is touched that are mapped with it, where the guest has marked them as accessed: an aligned block,
+/// twice as large if the one before was the neighbour of this one.
+const AROUND: u64 = 16 * PAGE;
+const MOST_AROUND: u64 = 512 * PAGE;
+/// Mappings at most. Linux allows a process 65530 (`vm.max_map_count`), and needs some while it changes them.
+const MOST_RUNS: usize = 50_000;
+
+/// What becomes of a page fault of user code that runs directly.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Resolved {
+    /// The page is mapped now.
+    Mapped,
+    /// It is the guest's: the error code.
+    Fault(u32),
+    /// The instruction has to be executed by other means: a device, a page that cannot be mapped.
+    Elsewhere,
+    /// A write to a page with translated code.
+    Code(u64),
+    /// A jump to a page that has to be looked through ([`Space::look_through`]).
+    Suspicious(u64),
+    /// A jump to a page that cannot run directly.
+    Detour,
+}
+
+/// What has become of an address space.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Followed {
+    /// It is the same.
+    Same,
+    /// It seems to be another one, or cannot be in this sandbox.
+    Other,
+}
+
+/// An address space with its sandbox.
+pub struct Space {
+    /// CR3 without its flags.
+    pub root: u64,
+    /// Its process.
+    pub sandbox: Sandbox,
+    /// For least-recently-used replacement.
+    pub used: u64,
+    ram: GuestRam,
+    pcid: u16,
+    mappings: Mappings,
+    /// Pages of code that is not to run directly, and how often it should have.
+    avoided: HashMap<u64, u32>,
+    /// The last block that was mapped: first address and bytes.
+    block: (u64, u64),
+    /// Where the guest has had a page fault: it will have a page there.
+    awaited: Option<u64>,
+    /// Changes of the MMU's that have been followed.
+    seen: u64,
+}
+
+impl Space {
+    /// A sandbox with nothing mapped for the address space in force.
+    pub fn new(cpu: &mut Cpu, root: u64) -> Result<Self, SandboxError> {
+        let ram = cpu.mmu.ram().clone();
+        Ok(Self {
+            root,
+            sandbox: Sandbox::new(ram.file())?,
+            ram,
+            used: 0,
+            pcid: cpu.mmu.pcid(),
+            mappings: Mappings::default(),
+            avoided: HashMap::new(),
+            block: (0, AROUND),
+            awaited: None,
+            seen: cpu.mmu.changes.now(),
+        })
+    }
+
+    /// Whether code at an address is not to run directly.
+    pub fn avoids(&self, rip: u64) -> bool {
+        self.avoided.contains_key(&(rip & !(PAGE - 1)))
+    }
+
+    /// Follows what the guest has flushed, and who must not write any more.
+    pub fn follow(&mut self, cpu: &mut Cpu) -> Followed {
+        let seen = std::mem::replace(&mut self.seen, cpu.mmu.changes.now());
+        let moved = std::mem::replace(&mut self.pcid, cpu.mmu.pcid()) != self.pcid;
+        if seen == self.seen && !moved {
+            return Followed::Same;
+        }
+        let Some(changes) = cpu.mmu.changes.since(seen).filter(|_| !moved) else {
+            return self.check_everything(cpu, true);
+        };
+        let all = |change: &Change| matches!(change, Change::Space(pcid) if *pcid == self.pcid);
+        let everything = changes.iter().any(all);
+        let writers = changes.contains(&Change::Writers);
+        if (everything || writers) && self.check_everything(cpu, writers) == Followed::Other {
+            return Followed::Other;
+        }
+        for change in changes {
+            match change {
+                // A large page is flushed by any of its addresses.
+                Change::Page(va) if !everything => self.check(cpu, va & !0x1f_ffff, 0x20_0000),
+                Change::Writer(gpa) => self.take_writers(gpa),
+                _ => {}
+            }
+        }
+        Followed::Same
+    }
+
+    /// Whether one of the guest's pages lies where the sandbox itself does.
+    fn hides_pages(&self, cpu: &mut Cpu) -> bool {
+        let mode = cpu.paging;
+        self.sandbox.own_pages().step_by(PAGE as usize).any(|va| cpu.mmu.look(&mode, va).is_some())
+    }
+
+    /// Compares all mappings with the page tables, and takes the right to write from all pages if it is to go.
+    fn check_everything(&mut self, cpu: &mut Cpu, writers: bool) -> Followed {
+        self.avoided.clear();
+        if self.hides_pages(cpu) {
+            return Followed::Other;
+        }
+        if writers {
+            for run in self.mappings.all().into_iter().filter(|run| run.rights.write) {
+                self.map(Run { rights: Rights { write: false, ..run.rights }, ..run });
+            }
+        }
+        let before = self.mappings.len();
+        self.check(cpu, 0, u64::MAX);
+        if self.mappings.len() * 2 < before { Followed::Other } else { Followed::Same }
+    }
+
+    /// Compares the mappings of a range with the page tables.
+    fn check(&mut self, cpu: &mut Cpu, from: u64, size: u64) {
+        let mode = cpu.paging;
+        let to = from.saturating_add(size);
+        let mut changed = Vec::new();
+        for run in self.mappings.within(from, size) {
+            let (mut va, end) = (run.va.max(from), (run.va + run.size).min(to));
+            while va < end {
+                let gpa = run.gpa + (va - run.va);
+                let found = cpu.mmu.look(&mode, va).filter(|found| found.gpa == gpa);
+                let page = found
+                    .map_or(PAGE, |found| (1 << found.page_shift) - (va & ((1 << found.page_shift) - 1)));
+                let size = page.min(end - va);
+                let now = found.map(|found| Rights {
+                    write: run.rights.write && found.writable,
+                    execute: run.rights.execute && found.executable,
+                });
+                if now != Some(run.rights) {
+                    changed.push((Run { va, size, gpa, ..run }, now));
+                }
+                va += size;
+            }
+        }
+        for (run, now) in joined(changed) {
+            match now {
+                Some(rights) if !run.copied => self.map(Run { rights, ..run }),
+                _ => self.unmap(cpu, run.va, run.size),
+            }
+        }
+    }
+
+    fn take_writers(&mut self, gpa: u64) {
+        for page in self.mappings.of(gpa).into_iter().filter(|page| page.rights.write) {
+            self.map(Run { rights: Rights { write: false, ..page.rights }, ..page });
+        }
+    }
+
+    /// Copies of a page of RAM are void.
+    pub fn forget_copies(&mut self, cpu: &mut Cpu, gpa: u64) {
+        for page in self.mappings.of(gpa).into_iter().filter(|page| page.copied) {
+            self.unmap(cpu, page.va, page.size);
+        }
+    }
+
+    /// All copies are void.
+    pub fn forget_all_copies(&mut self, cpu: &mut Cpu) {
+        for page in self.mappings.all().into_iter().filter(|page| page.copied) {
+            self.unmap(cpu, page.va, page.size);
+        }
+    }
+
+    /// Makes a page of code executable, if it is known what its suspicious bytes are. `roots` are offsets of instructions that
+    /// are executed. Whoever writes to the page from now on has to be noticed.
+    pub fn look_through(&mut self, cpu: &mut Cpu, va: u64, gpa: u64, roots: Vec<u16>) {
+        let (va, gpa) = (va & !(PAGE - 1), gpa & !(PAGE - 1));
+        let Some(mut page) = code(cpu, va, gpa) else { return };
+        let rights = Rights { write: false, execute: true };
+        let run = Run { va, size: PAGE, gpa, rights, copied: false };
+        match scan::look(&page, roots) {
+            Verdict::Unknown => return,
+            Verdict::Clean => self.map(run),
+            Verdict::Replace(instructions) => {
+                scan::replace(&mut page, &instructions);
+                if self.sandbox.map_copy(va, &page[..scan::PAGE]).is_err() {
+                    return;
+                }
+                self.mappings.insert(Run { copied: true, ..run });
+            }
+        }
+        self.avoided.remove(&va);
+    }
+
+    fn unmap(&mut self, cpu: &mut Cpu, va: u64, size: u64) {
+        cpu.counters.direct.unmaps += 1;
+        self.mappings.remove(va, size);
+        // What is known is what could be mapped.
+        let _ = self.sandbox.unmap(va, size);
+    }
+
+    /// Maps a run of pages of RAM where that is possible.
+    fn map(&mut self, run: Run) {
+        if let Some(offset) = self.ram.file_offset(run.gpa)
+            && self.sandbox.map(run.va, run.size, offset, run.rights).is_ok()
+        {
+            self.mappings.insert(run);
+        }
+    }
+
+    /// Sees to a page fault at `va`.
+    pub fn resolve(&mut self, cpu: &mut Cpu, va: u64, access: Access) -> Resolved {
+        let page = va & !(PAGE - 1);
+        if !self.sandbox.can_map(page, PAGE) {
+            return Resolved::Elsewhere;
+        }
+        let mode = cpu.paging;
+        let who = Privilege { user: true, ac: false };
+        let found = match cpu.mmu.walk(&mode, va, access, who) {
+            Ok(found) => Translation { writable: found.writable && found.dirty, ..found },
+            Err(error) => {
+                self.awaited = Some(page);
+                return Resolved::Fault(error);
+            }
+        };
+        if cpu.mmu.host_page(found.gpa).is_none() {
+            return Resolved::Elsewhere;
+        }
+        if self.mappings.len() > MOST_RUNS {
+            self.mappings.clear();
+            self.sandbox.clear();
+        }
+        let rights = Self::rights(cpu, page, &found, access == Access::Write);
+        match access {
+            Access::Write if !rights.write && cpu.mmu.writable_page(found.gpa).is_none() => {
+                return Resolved::Elsewhere;
+            }
+            Access::Write if !rights.write => return Resolved::Code(found.gpa),
+            Access::Fetch if !rights.execute => {
+                let times = self.avoided.entry(page).or_default();
+                *times += 1;
+                // What is known of the page grows.
+                return if times.is_power_of_two() {
+                    Resolved::Suspicious(found.gpa)
+                } else {
+                    Resolved::Detour
+                };
+            }
+            _ => {}
+        }
+        cpu.counters.direct.mapped += 1;
+        self.map_around(
+            cpu,
+            Run { va: page, size: PAGE, gpa: found.gpa & !(PAGE - 1), rights, copied: false },
+        );
+        Resolved::Mapped
+    }
+
+    /// What user code may do directly with a page.
+    fn rights(cpu: &mut Cpu, page: u64, found: &Translation, written: bool) -> Rights {
+        let clean = |code: Page| !scan::is_suspicious(&code);
+        let execute = found.executable && code(cpu, page, found.gpa).is_some_and(clean);
+        Rights { write: found.writable && cpu.mmu.may_write(found.gpa, written), execute }
+    }
+
+    /// Maps the page at which the guest had a fault, if it is there now.
+    pub fn map_awaited(&mut self, cpu: &mut Cpu) {
+        let Some(page) = self.awaited.take() else { return };
+        let mode = cpu.paging;
+        if let Some(found) = cpu.mmu.look(&mode, page)
+            && cpu.mmu.host_page(found.gpa).is_some()
+        {
+            let rights = Self::rights(cpu, page, &found, found.writable);
+            self.map_around(
+                cpu,
+                Run { va: page, size: PAGE, gpa: found.gpa & !(PAGE - 1), rights, copied: false },
+            );
+        }
+    }
+
+    /// Maps a page, and those around it that the guest uses and that are not mapped yet.
+    fn map_around(&mut self, cpu: &mut Cpu, touched: Run) {
+        let mode = cpu.paging;
+        let (before, size) = self.block;
+        let grown = (2 * size).min(MOST_AROUND);
+        let near = touched.va.wrapping_sub(before.wrapping_sub(grown)) < 2 * grown + size;
+        let size = if near { grown } else { AROUND };
+        let first = touched.va & !(size - 1);
+        self.block = (first, size);
+        let mut runs: Vec<Run> = Vec::new();
+        for va in (first..first + size).step_by(PAGE as usize) {
+            let run = if va == touched.va {
+                touched
+            } else {
+                if self.mappings.at(va).is_some() || !self.sandbox.can_map(va, PAGE) {
+                    continue;
+                }
+                let Some(found) = cpu.mmu.look(&mode, va) else { continue };
+                if cpu.mmu.host_page(found.gpa).is_none() {
+                    continue;
+                }
+                let rights = Self::rights(cpu, va, &found, false);
+                Run { va, size: PAGE, gpa: found.gpa, rights, copied: false }
+            };
+            match runs.last_mut() {
+                Some(last) if last.leads_to(&run) => last.size += PAGE,
+                _ => runs.push(run),
+            }
+        }
+        cpu.counters.direct.maps += runs.len() as u64;
+        runs.into_iter().for_each(|run| self.map(run));
+    }
+}
+
+/// Puts together what becomes of pages that lie one behind the other.
+fn joined(changed: Vec<(Run, Option<Rights>)>) -> Vec<(Run, Option<Rights>)> {
+    let mut all: Vec<(Run, Option<Rights>)> = Vec::new();
+    for (run, now) in changed {
+        match all.last_mut() {
+            Some((last, same))
+                if *same == now
+                    && last.va + last.size == run.va
+                    && (now.is_none() || last.leads_to(&run)) =>
+            {
+                last.size += run.size;
+            }
+            _ => all.push((run, now)),
+        }
+    }
+    all
+}
+
+/// A page of code and what follows it.
+fn code(cpu: &mut Cpu, va: u64, gpa: u64) -> Option<Page> {
+    let mut page = [0; scan::PAGE + scan::LONGEST];
+    load(cpu.mmu.host_page(gpa)?, &mut page[..scan::PAGE]);
+    let mode = cpu.paging;
+    let next = cpu.mmu.look(&mode, va + PAGE).and_then(|next| cpu.mmu.host_page(next.gpa));
+    if let Some(next) = next {
+        load(next, &mut page[scan::PAGE..]);
+    }
+    Some(page)
+}

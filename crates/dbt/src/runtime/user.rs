@@ -1,0 +1,210 @@
+//! User code that is executed directly ([`crate::direct`]), as the loop of a vCPU sees it.
+
+use std::sync::atomic::Ordering;
+
+use iced_x86::Mnemonic;
+use ruse_arch::{
+    Exception,
+    flags::rflags,
+    paging::{Access, fault},
+};
+use ruse_engine::host_tsc;
+use ruse_sandbox::{Place, SandboxError, Trap};
+
+use super::vcpu::DbtVcpu;
+use crate::{
+    cpu::{Cpu, request},
+    direct::{self, Pool, Resolved},
+    mmu::watch::Peer,
+    tier0,
+};
+
+/// Bytes of SYSCALL, INT 80h, INT3 and INT1.
+const CALL: u64 = 2;
+const BREAKPOINT: u64 = 1;
+/// Processes that may be refused something before nothing runs directly any more.
+const PATIENCE: u32 = 8;
+
+/// Direct execution of a vCPU.
+#[derive(Default)]
+pub struct Direct {
+    /// The processes.
+    pub pool: Pool,
+    /// Where the thread and the processes run.
+    pub place: Place,
+    /// Processes that were refused something.
+    refused: u32,
+}
+
+impl Direct {
+    /// Whether the vCPU's next instructions are to be executed directly.
+    pub fn wants(&self, cpu: &mut Cpu) -> bool {
+        cpu.mode.cpl == 3 && cpu.direct.wants(cpu.root()) && direct::can_run(cpu) && !self.pool.avoids(cpu)
+    }
+}
+
+/// How a stay in user code ended.
+enum Stay {
+    /// By a trap; the registers are the guest's again.
+    Trap(Trap),
+    /// By a page fault of the guest's.
+    Fault(u64, u32),
+    /// By an instruction that is to be executed by other means.
+    Elsewhere,
+    /// By a write to this page with translated code.
+    Code(u64),
+    /// By a fetch from this address, whose page of RAM has to be looked through.
+    Suspicious(u64, u64),
+    /// Nothing more: requests have arrived, or code that is not to run directly.
+    Pause,
+}
+
+impl DbtVcpu {
+    /// Runs user code directly until something else has to be done.
+    pub(super) fn run_directly(&mut self) -> Result<(), Exception> {
+        let stay = match stay(&mut self.direct, &mut self.cpu, &self.peer) {
+            Ok(stay) => stay,
+            Err(error) => return self.lost(&error),
+        };
+        let cpu = &mut *self.cpu;
+        match stay {
+            Stay::Pause | Stay::Trap(Trap::Kicked) => Ok(()),
+            Stay::Fault(address, error) => Err(Exception::pf(address, error)),
+            Stay::Code(gpa) => {
+                self.forget_code(gpa);
+                tier0::step(&mut self.cpu)
+            }
+            Stay::Suspicious(va, gpa) => {
+                self.look_through(va, gpa);
+                Ok(())
+            }
+            Stay::Trap(Trap::SystemCall) => {
+                cpu.rip = cpu.rip.wrapping_sub(CALL);
+                tier0::step_known(cpu, Mnemonic::Syscall, CALL, tier0::system_call)
+            }
+            Stay::Trap(Trap::OldSystemCall) => {
+                cpu.rip = cpu.rip.wrapping_sub(CALL);
+                tier0::step(cpu)
+            }
+            // User code has set TF itself.
+            Stay::Trap(Trap::Exception(1)) if cpu.rflags & rflags::TF != 0 => {
+                Err(Exception::db(tier0::DR6_BS))
+            }
+            Stay::Trap(Trap::Exception(1 | 3)) => {
+                cpu.rip = cpu.rip.wrapping_sub(BREAKPOINT);
+                tier0::step(cpu)
+            }
+            Stay::Elsewhere | Stay::Trap(_) => tier0::step(cpu),
+        }
+    }
+
+    /// Sees to it that code of a page can run directly, if that is possible. The instruction at RIP lies on it, at least in
+    /// part.
+    fn look_through(&mut self, va: u64, gpa: u64) {
+        let Some(host) = self.cpu.mmu.host_page(gpa) else { return };
+        self.guard_page(host as u64);
+        let mut roots = self.blocks.starts_on(host as u64);
+        let Ok(instruction) = tier0::decode(&mut self.cpu) else { return };
+        let executed = [instruction.rip, instruction.next].map(|at| at.wrapping_sub(va & !0xfff));
+        roots.extend(executed.into_iter().filter_map(|at| u16::try_from(at).ok()).filter(|at| *at < 0x1000));
+        if let Ok(Some(space)) = self.direct.pool.current(&mut self.cpu) {
+            space.look_through(&mut self.cpu, va, gpa, roots);
+        }
+    }
+
+    /// Translations of code of a page to which user code writes go, so that it may be written to directly.
+    fn forget_code(&mut self, gpa: u64) {
+        if self.invalidate(gpa, 0..4096) {
+            self.cpu.mmu.flush_jumps();
+        }
+        self.cpu.mmu.code.written(gpa, Some(self.cpu.id));
+    }
+
+    /// There is no process, or none any more.
+    fn lost(&mut self, error: &SandboxError) -> Result<(), Exception> {
+        tracing::info!("direct execution: {error}");
+        let root = self.cpu.root();
+        self.direct.pool.end(root);
+        self.cpu.direct.forget(root);
+        match error {
+            // Somebody has killed it, or user code itself has made it useless. What it has done since its last trap is lost: as
+            // far as the guest can see, it has done something that it must not.
+            SandboxError::Ended => Err(Exception::gp(0)),
+            SandboxError::Refused if self.direct.refused < PATIENCE => {
+                self.direct.refused += 1;
+                Ok(())
+            }
+            _ => {
+                tracing::info!("user code is translated from now on");
+                self.cpu.direct.give_up();
+                Ok(())
+            }
+        }
+    }
+}
+
+/// Runs user code of the address space in force, and maps what it needs.
+fn stay(direct: &mut Direct, cpu: &mut Cpu, peer: &Peer) -> Result<Stay, SandboxError> {
+    let Some(space) = direct.pool.current(cpu)? else {
+        cpu.direct.forget(cpu.root());
+        return Ok(Stay::Pause);
+    };
+    direct.place.share(&mut space.sandbox);
+    space.map_awaited(cpu);
+    direct::store(cpu, &mut space.sandbox);
+    let shared = cpu.shared();
+    loop {
+        shared.direct.begin(&space.sandbox);
+        if shared.requests.load(Ordering::SeqCst) & !request::SELF != 0 {
+            shared.direct.end();
+            direct::load(cpu, &space.sandbox);
+            return Ok(Stay::Pause);
+        }
+        cpu.counters.direct.runs += 1;
+        peer.set_running(true);
+        let (changes, entered) = (space.sandbox.changes_mappings(), host_tsc());
+        let trap = space.sandbox.run();
+        cpu.direct.stayed(cpu.root(), host_tsc() - entered, changes);
+        peer.set_running(false);
+        shared.direct.end();
+        let trap = trap.inspect_err(|_| direct::load(cpu, &space.sandbox))?;
+        count(cpu, trap);
+        let Trap::PageFault { address, error } = trap else {
+            direct::load(cpu, &space.sandbox);
+            return Ok(Stay::Trap(trap));
+        };
+        let end = match space.resolve(cpu, address, access(error)) {
+            Resolved::Mapped => continue,
+            Resolved::Fault(error) => Stay::Fault(address, error),
+            Resolved::Elsewhere => Stay::Elsewhere,
+            Resolved::Code(gpa) => Stay::Code(gpa),
+            Resolved::Suspicious(gpa) => Stay::Suspicious(address, gpa),
+            Resolved::Detour => {
+                cpu.counters.direct.detours += 1;
+                Stay::Pause
+            }
+        };
+        direct::load(cpu, &space.sandbox);
+        // An instruction that only ends on the page that is avoided.
+        let ends_there = matches!(end, Stay::Pause) && cpu.rip ^ address > 0xfff;
+        return Ok(if ends_there { Stay::Elsewhere } else { end });
+    }
+}
+
+fn access(error: u32) -> Access {
+    match error {
+        e if e & fault::I != 0 => Access::Fetch,
+        e if e & fault::W != 0 => Access::Write,
+        _ => Access::Read,
+    }
+}
+
+fn count(cpu: &mut Cpu, trap: Trap) {
+    let counters = &mut cpu.counters.direct;
+    *match trap {
+        Trap::SystemCall | Trap::OldSystemCall => &mut counters.system_calls,
+        Trap::PageFault { .. } => &mut counters.faults,
+        Trap::Exception(_) => &mut counters.exceptions,
+        Trap::Kicked => &mut counters.kicks,
+    } += 1;
+}

@@ -1,0 +1,365 @@
+//! User code that runs directly on the host's CPU finds what a guest's CPU would give it.
+
+#[allow(dead_code)]
+#[path = "differential/guest.rs"]
+mod guest;
+
+use std::{
+    os::fd::AsFd,
+    sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering},
+    time::{Duration, Instant},
+};
+
+use guest::{CODE_PAGES, DATA_TABLE, NullBus, data_page, machine};
+use iced_x86::code_asm::*;
+use ruse_arch::{
+    Exception,
+    flags::cr4,
+    paging::{fault, pte},
+    state::reg,
+};
+use ruse_cases::case::{CODE, WINDOW};
+use ruse_dbt::{DbtOptions, DirectMode, cpu::CpuBox, direct::Policy, mmu::Mmu, runtime::vcpu::DbtVcpu};
+use ruse_engine::{Halt, Vcpu};
+use ruse_memory::GuestRam;
+
+/// A guest that runs its user code directly.
+struct Guest {
+    vcpu: DbtVcpu,
+    ram: GuestRam,
+}
+
+impl Guest {
+    /// One with this program. `None` where user code cannot run directly, which is said.
+    fn new(program: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>) -> Option<Self> {
+        let (cpu, ram) = machine();
+        let guest = Self { vcpu: direct(cpu)?, ram };
+        let mut assembler = CodeAssembler::new(64).unwrap();
+        program(&mut assembler).unwrap();
+        for (at, byte) in (CODE_PAGES..).zip(assembler.assemble(CODE).unwrap()) {
+            guest.byte(at).store(byte, Ordering::SeqCst);
+        }
+        Some(guest)
+    }
+
+    /// Runs until an exception.
+    fn run(&mut self) -> Exception {
+        self.vcpu.run_until_fault(&NullBus)
+    }
+
+    /// As [`Guest::run`], from the beginning.
+    fn restart(&mut self) -> Exception {
+        self.vcpu.cpu_mut().rip = CODE;
+        self.run()
+    }
+
+    fn gpr(&self, register: usize) -> u64 {
+        self.vcpu.cpu().gpr[register]
+    }
+
+    fn counter(&self, name: &str) -> u64 {
+        self.vcpu.counters().get(name)
+    }
+
+    fn byte(&self, gpa: u64) -> &AtomicU8 {
+        let host = self.ram.host_page(gpa).unwrap().wrapping_add(gpa as usize % 4096);
+        // SAFETY: RAM of the guest's, which lives as long as `self`.
+        unsafe { AtomicU8::from_ptr(host) }
+    }
+
+    fn word(&self, gpa: u64) -> &AtomicU64 {
+        // SAFETY: as above; callers give aligned addresses.
+        unsafe { AtomicU64::from_ptr(self.byte(gpa).as_ptr().cast()) }
+    }
+
+    /// Page-table entry of a page of data.
+    fn entry(&self, page: u64) -> &AtomicU64 {
+        self.word(DATA_TABLE + 8 * page)
+    }
+
+    /// INVLPG.
+    fn flush(&mut self, va: u64) {
+        self.vcpu.cpu_mut().mmu.flush_page(va);
+    }
+}
+
+/// A vCPU that runs user code directly, and that this is possible.
+fn direct(mut cpu: CpuBox) -> Option<DbtVcpu> {
+    let file = rustix::fs::memfd_create("probe", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+    if let Err(error) = ruse_sandbox::Sandbox::new(file.as_fd()) {
+        eprintln!("SKIPPED: {error}");
+        return None;
+    }
+    cpu.paging.cr4 |= cr4::FSGSBASE;
+    let options = DbtOptions { direct: DirectMode::Always, audit: true, ..DbtOptions::default() };
+    Some(DbtVcpu::new(cpu, options).unwrap())
+}
+
+/// Ends the direct execution of a vCPU.
+fn translate(vcpu: &mut DbtVcpu) {
+    vcpu.cpu_mut().direct = Policy::new(DirectMode::Off, 1);
+}
+
+#[test]
+fn faults_are_those_of_the_guests_tables() {
+    let Some(mut guest) = Guest::new(|a| {
+        a.mov(rax, WINDOW)?;
+        a.mov(dword_ptr(rax), 7)?;
+        a.mov(ecx, dword_ptr(rax + 0x2000))
+    }) else {
+        return;
+    };
+    guest.entry(0).fetch_and(!pte::W, Ordering::SeqCst);
+    assert_eq!(guest.run(), Exception::pf(WINDOW, fault::P | fault::W | fault::U));
+    assert_eq!(guest.vcpu.cpu().rip, CODE + 10);
+    guest.entry(0).fetch_or(pte::W, Ordering::SeqCst);
+    assert_eq!(guest.run(), Exception::pf(WINDOW + 0x2000, fault::U));
+    let marks = pte::A | pte::D;
+    assert_eq!(guest.entry(0).load(Ordering::SeqCst) & marks, marks);
+    assert_eq!(guest.entry(1).load(Ordering::SeqCst) & marks, 0);
+    assert!(guest.counter("direct.faults") >= 3);
+}
+
+#[test]
+fn flushed_mappings_are_looked_up_again() {
+    let Some(mut guest) = Guest::new(|a| {
+        a.mov(rax, WINDOW)?;
+        a.mov(ecx, dword_ptr(rax))?;
+        a.mov(dword_ptr(rax), 9)?;
+        a.ud2()
+    }) else {
+        return;
+    };
+    guest.word(data_page(0)).store(1, Ordering::SeqCst);
+    guest.word(data_page(1)).store(2, Ordering::SeqCst);
+    assert_eq!((guest.restart(), guest.gpr(reg::RCX)), (Exception::UD, 1));
+    // Another page, without a right to write.
+    let user = pte::P | pte::U;
+    guest.entry(0).store(data_page(1) | user, Ordering::SeqCst);
+    guest.flush(WINDOW + 5);
+    assert_eq!(guest.restart(), Exception::pf(WINDOW, fault::P | fault::W | fault::U));
+    assert_eq!(guest.gpr(reg::RCX), 2);
+    // And back, with everything flushed.
+    guest.entry(0).store(data_page(0) | user | pte::W, Ordering::SeqCst);
+    guest.vcpu.cpu_mut().mmu.flush_current(true);
+    assert_eq!((guest.restart(), guest.gpr(reg::RCX)), (Exception::UD, 9));
+    // No page at all.
+    guest.entry(0).store(0, Ordering::SeqCst);
+    guest.vcpu.cpu_mut().mmu.flush_all();
+    assert_eq!(guest.restart(), Exception::pf(WINDOW, fault::U));
+}
+
+#[test]
+fn pages_are_marked_again_after_a_flush() {
+    let Some(mut guest) = Guest::new(|a| {
+        a.mov(rax, WINDOW)?;
+        a.mov(dword_ptr(rax), 9)?;
+        a.ud2()
+    }) else {
+        return;
+    };
+    for _ in 0..3 {
+        assert_eq!(guest.restart(), Exception::UD);
+        assert_ne!(guest.entry(0).load(Ordering::SeqCst) & pte::D, 0);
+        guest.entry(0).fetch_and(!(pte::A | pte::D), Ordering::SeqCst);
+        guest.flush(WINDOW);
+    }
+}
+
+#[test]
+fn what_tells_of_the_cpu_tells_of_the_guests() {
+    let Some(mut guest) = Guest::new(|a| {
+        a.xor(eax, eax)?;
+        a.cpuid()?;
+        a.mov(r8d, eax)?;
+        a.mov(r9d, ebx)?;
+        a.xor(ecx, ecx)?;
+        a.xgetbv()?;
+        a.mov(r10d, eax)?;
+        a.rdtscp()?;
+        a.mov(r11d, ecx)?;
+        a.shl(rdx, 32)?;
+        a.or(rax, rdx)?;
+        a.mov(r12, rax)?;
+        a.rdpid(r13)?;
+        a.ud2()
+    }) else {
+        return;
+    };
+    let cpu = guest.vcpu.cpu_mut();
+    cpu.tsc_aux = 0x77;
+    cpu.tsc_offset = (1u64 << 60).wrapping_sub(cpu.clock.counter());
+    let leaf = cpu.cpuid.get(0, 0);
+    assert_eq!(guest.run(), Exception::UD);
+    assert_eq!((guest.gpr(8), guest.gpr(9)), (leaf[0].into(), leaf[1].into()));
+    assert_eq!((guest.gpr(10), guest.gpr(11), guest.gpr(13)), (7, 0x77, 0x77));
+    assert_eq!(guest.gpr(12) >> 60, 1, "the time is the guest's");
+    assert!(guest.counter("direct.exceptions") >= 5);
+    assert_eq!(guest.counter("dispatches"), 0, "nothing is translated");
+}
+
+#[test]
+fn code_that_is_written_directly_is_translated_anew_and_the_other_way_round() {
+    // The second instruction writes the operand of the first.
+    let program = |a: &mut CodeAssembler| {
+        a.mov(ecx, 1)?;
+        a.inc(dword_ptr(CODE + 1))?;
+        a.ud2()
+    };
+    let Some(mut guest) = Guest::new(program) else { return };
+    let always = || Policy::new(DirectMode::Always, 1);
+    for version in 1..20 {
+        guest.vcpu.cpu_mut().direct = always();
+        if version % 3 == 0 {
+            translate(&mut guest.vcpu);
+        }
+        assert_eq!((guest.restart(), guest.gpr(reg::RCX)), (Exception::UD, version));
+    }
+    assert!(guest.counter("dispatches") > 0 && guest.counter("direct.runs") > 0);
+}
+
+#[test]
+fn a_page_with_replaced_instructions_can_be_written() {
+    // Leaf 0 or 1, as the operand says that the end of the program changes.
+    let Some(mut guest) = Guest::new(|a| {
+        a.mov(eax, 0)?;
+        a.cpuid()?;
+        a.inc(dword_ptr(CODE + 1))?;
+        a.ud2()
+    }) else {
+        return;
+    };
+    for leaf in 0..4 {
+        let right = guest.vcpu.cpu().cpuid.get(leaf, 0);
+        assert_eq!((guest.restart(), guest.gpr(reg::RAX)), (Exception::UD, right[0].into()));
+    }
+    // A device writes: INC EBX in place of CPUID.
+    for (at, byte) in (CODE_PAGES + 5..).zip([0xff, 0xc3]) {
+        guest.byte(at).store(byte, Ordering::SeqCst);
+    }
+    guest.vcpu.cpu().mmu.code.written(CODE_PAGES, None);
+    guest.vcpu.cpu_mut().gpr[reg::RBX] = 41;
+    assert_eq!((guest.restart(), guest.gpr(reg::RBX)), (Exception::UD, 42));
+}
+
+#[test]
+fn an_instruction_may_end_on_a_page_that_cannot_run_directly() {
+    // Both pages have bytes like those of CPUID that nothing leads to; the instruction between them has the first byte of the
+    // second in its operand.
+    let Some(mut guest) = Guest::new(|a| {
+        a.jmp(CODE + 0xffe)?;
+        a.db(&[0x0f, 0xa2])
+    }) else {
+        return;
+    };
+    // MOV ECX, 1234h; INC ECX; UD2; CPUID.
+    let code = [0xb9, 0x34, 0x12, 0, 0, 0xff, 0xc1, 0x0f, 0x0b, 0x0f, 0xa2];
+    for (at, byte) in (CODE_PAGES + 0xffe..).zip(code) {
+        guest.byte(at).store(byte, Ordering::SeqCst);
+    }
+    for _ in 0..10 {
+        assert_eq!((guest.restart(), guest.gpr(reg::RCX)), (Exception::UD, 0x1235));
+    }
+    assert!(guest.counter("direct.faults") < 100);
+}
+
+#[test]
+fn the_dirty_log_sees_direct_writes() {
+    let Some(mut guest) = Guest::new(|a| {
+        a.mov(rax, WINDOW)?;
+        a.inc(dword_ptr(rax))?;
+        a.ud2()
+    }) else {
+        return;
+    };
+    assert_eq!(guest.restart(), Exception::UD);
+    let code = guest.vcpu.cpu().mmu.code.clone();
+    let (tracker, offset) = guest.ram.tracker(data_page(0)).map(|(t, o)| (t.clone(), o)).unwrap();
+    tracker.take_dirty(offset);
+    code.log_writes(true);
+    for _ in 0..3 {
+        ruse_engine::WriteLog::rearm(&*code).unwrap();
+        assert!(!tracker.take_dirty(offset));
+        assert_eq!(guest.restart(), Exception::UD);
+        assert!(tracker.take_dirty(offset), "a write is not in the log");
+    }
+}
+
+#[test]
+fn a_kick_ends_user_code() {
+    let Some(mut guest) = Guest::new(|a| {
+        let mut again = a.create_label();
+        a.set_label(&mut again)?;
+        a.inc(rax)?;
+        a.jmp(again)
+    }) else {
+        return;
+    };
+    for _ in 0..5 {
+        let handle = guest.vcpu.handle();
+        let thread = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(10));
+            handle.kick();
+        });
+        let (started, before) = (Instant::now(), guest.gpr(reg::RAX));
+        assert_eq!(guest.vcpu.run(&NullBus).unwrap(), Halt::Kicked);
+        assert!(started.elapsed() < Duration::from_secs(5));
+        thread.join().unwrap();
+        assert!(guest.gpr(reg::RAX) > before);
+    }
+}
+
+/// One vCPU writes code directly all the time; the other translates and executes it, and gets no version older than what had
+/// been published before.
+#[test]
+fn code_that_another_cpu_writes_directly_is_seen() {
+    let Some(mut guest) = Guest::new(|a| {
+        let mut next = a.create_label();
+        a.mov(r8, CODE + 0x1001)?;
+        a.mov(r9, WINDOW)?;
+        a.set_label(&mut next)?;
+        a.inc(eax)?;
+        a.mov(dword_ptr(r8), eax)?;
+        a.mov(dword_ptr(r9), eax)?;
+        a.jmp(next)
+    }) else {
+        return;
+    };
+    // Page 1 of the code: MOV ECX, version; UD2.
+    for (at, byte) in (CODE_PAGES + 0x1000..).zip([0xb9, 0, 0, 0, 0, 0x0f, 0x0b]) {
+        guest.byte(at).store(byte, Ordering::SeqCst);
+    }
+    let mmu = Mmu::new(guest.ram.clone(), guest.vcpu.cpu().mmu.code.clone(), 1);
+    let first = guest.vcpu.cpu();
+    let mut second = CpuBox::new(1, first.cpuid.clone(), first.clock.clone(), mmu);
+    second.load_state(&first.save_state());
+    let mut second = DbtVcpu::new(second, DbtOptions::default()).unwrap();
+    let handle = guest.vcpu.handle();
+    std::thread::scope(|scope| {
+        let writer = &mut guest.vcpu;
+        scope.spawn(move || assert_eq!(writer.run(&NullBus).unwrap(), Halt::Kicked));
+        let word = |gpa| {
+            let host = second.cpu().mmu.host_page(gpa).unwrap();
+            // SAFETY: RAM of the guest's, which lives as long as the vCPUs.
+            unsafe { AtomicU32::from_ptr(host.cast()) }
+        };
+        let version = word(data_page(0));
+        while version.load(Ordering::SeqCst) == 0 {
+            std::thread::yield_now();
+        }
+        let (mut stale, mut seen) = (0, 0);
+        for _ in 0..300 {
+            let before = version.load(Ordering::SeqCst);
+            second.cpu_mut().rip = CODE + 0x1000;
+            // What entering again after a wait is: a serializing instruction.
+            assert_eq!(second.run_until_fault(&NullBus), Exception::UD);
+            let found = second.cpu().gpr[reg::RCX] as u32;
+            stale += u32::from(found.wrapping_sub(before) as i32 <= -1);
+            seen = found;
+        }
+        handle.kick();
+        assert_eq!(stale, 0);
+        assert!(seen > 0);
+    });
+    assert!(guest.counter("direct.runs") > 0);
+}

@@ -1,0 +1,506 @@
+//! A process that runs user code over pages of a memory file, and reports its traps.
+//!
+//! A [`Sandbox`] is an address space that is empty but for a few pages of its own ([`layout`]) and what the monitor maps into it
+//! from one file. The monitor sets registers and lets code run there, directly on the host's CPU, until it traps: by a system
+//! call, an exception, or because the monitor asks ([`Kicker`]). The code can make no system call, and reaches no memory but
+//! what is mapped for it.
+//!
+//! Needs Linux 5.9 on x86-64 with FSGSBASE, and leave to start processes and to filter their system calls; nothing of it
+//! needs privileges.
+
+mod filter;
+mod frame;
+pub mod layout;
+mod place;
+mod start;
+mod stub;
+
+use std::{
+    collections::HashMap,
+    fs::File,
+    io,
+    mem::MaybeUninit,
+    os::{
+        fd::{AsRawFd, BorrowedFd, OwnedFd},
+        unix::fs::FileExt,
+    },
+    process::Child,
+    ptr::NonNull,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    fs::{MemfdFlags, memfd_create},
+    mm::{MapFlags, ProtFlags},
+    process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal},
+    rand::{GetRandomFlags, getrandom},
+    thread::futex,
+};
+
+use self::{
+    frame::Frame,
+    layout::{CALLS, Call, ORDERS_SIZE, Orders, PAGE, Report, STUB_SIZE, USER_END, USER_START},
+    start::{SHARED_SIZE, Script},
+    stub::Stub,
+};
+pub use self::{
+    frame::{Registers, Trap},
+    place::Place,
+};
+
+/// The signal by which the monitor stops user code.
+pub const KICK: i32 = libc::SIGUSR1;
+
+/// Why user code cannot be run.
+#[derive(Debug, thiserror::Error)]
+pub enum SandboxError {
+    /// The host lacks something.
+    #[error("user code cannot run in a process of its own: {0}")]
+    Unsupported(&'static str),
+    /// The host refused to make the process.
+    #[error("cannot make a process for user code: {0}")]
+    Start(#[source] io::Error),
+    /// The process ended, and the registers of user code with it.
+    #[error("the process of user code has ended")]
+    Ended,
+    /// The host refused to change the mappings. User code has not run since its last trap, and the registers are those of
+    /// then.
+    #[error("the host refused to map memory for user code")]
+    Refused,
+    /// The range cannot be mapped.
+    #[error("nothing can be mapped at {0:#x}")]
+    Range(u64),
+    /// There is no room for a copy.
+    #[error("there is no room for more copied pages")]
+    Copies,
+}
+
+/// What user code may do with a page beside reading it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Rights {
+    /// Write to it.
+    pub write: bool,
+    /// Execute it.
+    pub execute: bool,
+}
+
+/// A process for user code. It belongs to the thread that made it, and ends with it.
+pub struct Sandbox {
+    child: Child,
+    stub: Stub,
+    shared: Shared,
+    listener: OwnedFd,
+    kicker: Arc<Kicker>,
+    /// Calls to be made before user code goes on.
+    queue: Vec<Call>,
+    order: u32,
+    /// The stop that is to be answered.
+    stop: u64,
+    frame: Frame,
+    thread: u32,
+    /// The host's CPU that it is kept on.
+    cpu: Option<usize>,
+    fs_base: u64,
+    gs_base: u64,
+    /// See [`DEAF_MS`].
+    deaf_ms: u32,
+    /// The shared memory's file, behind which the copied pages lie.
+    file: File,
+    /// Their numbers, by address.
+    copies: HashMap<u64, u64>,
+}
+
+impl Sandbox {
+    /// Makes a process over the pages of `ram`. Takes about a millisecond.
+    pub fn new(ram: BorrowedFd<'_>) -> Result<Self, SandboxError> {
+        if !has_fsgsbase() {
+            return Err(SandboxError::Unsupported("the host does not let programs change FS and GS bases"));
+        }
+        Self::start(ram).map_err(SandboxError::Start)
+    }
+
+    fn start(ram: BorrowedFd<'_>) -> io::Result<Self> {
+        let stub = Stub { base: random_base()? };
+        let file = File::from(memfd_create("ruse-user-shared", MemfdFlags::CLOEXEC)?);
+        file.set_len(SHARED_SIZE)?;
+        let mut shared = Shared::new(&file)?;
+        shared.orders().parent = std::process::id();
+        let (child, socket) = start::spawn(stub, ram, &file)?;
+        let mut child = Guard(Some(child));
+        let pidfd = pidfd_open(Pid::from_child(child.get()), PidfdFlags::empty())?;
+        let script = Script::new(stub);
+        shared.orders().data[..script.data.len()].copy_from_slice(&script.data);
+        assert!(script.calls.len() <= CALLS, "one order");
+        shared.order(1, &script.calls);
+        let listener = start::receive(&socket)?;
+        let mut sandbox = Self {
+            child: child.0.take().expect("not taken yet"),
+            stub,
+            frame: Frame::none(shared.report_ptr().cast()),
+            shared,
+            listener,
+            kicker: Arc::new(Kicker { pidfd, pending: AtomicBool::new(false) }),
+            queue: Vec::new(),
+            order: 1,
+            stop: 0,
+            thread: 0,
+            cpu: None,
+            fs_base: 0,
+            gs_base: 0,
+            deaf_ms: DEAF_MS,
+            file,
+            copies: HashMap::new(),
+        };
+        // The thread's first trap says that it is there; no user code has run before.
+        sandbox.wait().map_err(io::Error::other)?;
+        sandbox.thread = sandbox.shared.report().thread;
+        Ok(sandbox)
+    }
+
+    /// Makes pages of the file accessible before user code goes on. What was there before is replaced.
+    ///
+    /// # Errors
+    /// [`SandboxError::Range`] if it is not whole pages of user space, or where the sandbox itself lies.
+    pub fn map(&mut self, address: u64, size: u64, offset: u64, rights: Rights) -> Result<(), SandboxError> {
+        self.check(address, size)?;
+        let mut prot = libc::PROT_READ;
+        prot |= if rights.write { libc::PROT_WRITE } else { 0 };
+        prot |= if rights.execute { libc::PROT_EXEC } else { 0 };
+        let mut flags = libc::MAP_SHARED | libc::MAP_FIXED;
+        if size <= POPULATE {
+            flags |= libc::MAP_POPULATE;
+        }
+        let args = [address, size, prot as u64, flags as u64, start::RAM, offset];
+        self.queue.push(Call::new(libc::SYS_mmap, args));
+        Ok(())
+    }
+
+    /// Makes a page with these bytes executable before user code goes on, in place of one of the file.
+    ///
+    /// # Errors
+    /// As [`Sandbox::map`], and [`SandboxError::Copies`].
+    pub fn map_copy(&mut self, address: u64, bytes: &[u8]) -> Result<(), SandboxError> {
+        self.check(address, PAGE)?;
+        let next = self.copies.len() as u64;
+        let slot = self.copies.get(&address).copied().unwrap_or(next);
+        if slot >= MOST_COPIES {
+            return Err(SandboxError::Copies);
+        }
+        let offset = SHARED_SIZE + slot * PAGE;
+        self.file.write_all_at(&bytes[..PAGE as usize], offset).map_err(|_| SandboxError::Copies)?;
+        self.copies.insert(address, slot);
+        let (prot, flags) = (libc::PROT_READ | libc::PROT_EXEC, libc::MAP_SHARED | libc::MAP_FIXED);
+        let args = [address, PAGE, prot as u64, flags as u64, start::SHARED, offset];
+        self.queue.push(Call::new(libc::SYS_mmap, args));
+        Ok(())
+    }
+
+    /// Makes pages inaccessible before user code goes on.
+    ///
+    /// # Errors
+    /// As [`Sandbox::map`].
+    pub fn unmap(&mut self, address: u64, size: u64) -> Result<(), SandboxError> {
+        self.check(address, size)?;
+        self.queue.push(Call::new(libc::SYS_munmap, [address, size]));
+        Ok(())
+    }
+
+    /// Makes everything inaccessible before user code goes on.
+    pub fn clear(&mut self) {
+        let own = self.own_pages();
+        self.queue.clear();
+        self.queue.push(Call::new(libc::SYS_munmap, [0, own.start]));
+        self.queue.push(Call::new(libc::SYS_munmap, [own.end, USER_END - own.end]));
+    }
+
+    /// Whether mappings are to be changed before user code goes on.
+    pub fn changes_mappings(&self) -> bool {
+        !self.queue.is_empty()
+    }
+
+    /// Whether something can be mapped there.
+    pub fn can_map(&self, address: u64, size: u64) -> bool {
+        self.check(address, size).is_ok()
+    }
+
+    /// Where the sandbox itself lies: addresses of which user code's own pages cannot be seen.
+    pub fn own_pages(&self) -> std::ops::Range<u64> {
+        self.stub.base..self.stub.base + STUB_SIZE
+    }
+
+    fn check(&self, address: u64, size: u64) -> Result<(), SandboxError> {
+        let own = self.own_pages();
+        let end = address.checked_add(size).filter(|&end| end <= USER_END && size > 0);
+        let aligned = address.is_multiple_of(PAGE) && size.is_multiple_of(PAGE);
+        let free = end.is_some_and(|end| end <= own.start || address >= own.end);
+        if address >= USER_START && aligned && free { Ok(()) } else { Err(SandboxError::Range(address)) }
+    }
+
+    /// Lets user code run until its next trap.
+    ///
+    /// # Errors
+    /// [`SandboxError::Ended`] and [`SandboxError::Refused`]. The registers are those before, and nothing can be done with the
+    /// sandbox any more.
+    pub fn run(&mut self) -> Result<Trap, SandboxError> {
+        let report = self.shared.report();
+        (report.fs_base, report.gs_base) = (self.fs_base, self.gs_base);
+        if self.queue.is_empty() {
+            answer(&self.listener, self.stop)?;
+        } else {
+            self.carry_out()?;
+        }
+        self.wait()
+    }
+
+    /// Has the queued calls made, the last of which is the answer to the stop.
+    fn carry_out(&mut self) -> Result<(), SandboxError> {
+        let mut queue = std::mem::take(&mut self.queue);
+        self.shared.orders().data[..8].copy_from_slice(&self.stop.to_le_bytes());
+        queue.push(Call::new(libc::SYS_ioctl, [start::LISTENER, SEND, self.stub.data(0)]));
+        let mut chunks = queue.chunks(CALLS).peekable();
+        while let Some(calls) = chunks.next() {
+            self.order = self.order.wrapping_add(1);
+            self.shared.order(self.order, calls);
+            if chunks.peek().is_some() {
+                self.wait_for_order()?;
+            }
+        }
+        queue.clear();
+        self.queue = queue;
+        Ok(())
+    }
+
+    /// Waits until the order has been carried out. User code is stopped and cannot pretend that it has.
+    fn wait_for_order(&mut self) -> Result<(), SandboxError> {
+        loop {
+            let done = &self.shared.report().done;
+            let seen = done.load(Ordering::Acquire);
+            if seen == self.order {
+                return Ok(());
+            }
+            let _ = futex::wait(done, futex::Flags::empty(), seen, Some(&PATIENCE));
+            if !matches!(self.child.try_wait(), Ok(None)) {
+                return Err(self.end());
+            }
+        }
+    }
+
+    /// Why there is nothing more to come from the process.
+    fn end(&mut self) -> SandboxError {
+        let _ = self.child.kill();
+        // Only the stub can exit, and does if it is refused something.
+        let refused = self.child.wait().is_ok_and(|status| status.code().is_some());
+        if refused { SandboxError::Refused } else { SandboxError::Ended }
+    }
+
+    /// Waits for the next stop.
+    fn wait(&mut self) -> Result<Trap, SandboxError> {
+        let stop = self.receive()?;
+        self.kicker.pending.store(false, Ordering::SeqCst);
+        self.stop = stop.id;
+        [_, self.fs_base, self.gs_base, ..] = stop.args;
+        // SAFETY: the mapping lives as long as `self.shared`.
+        let frame = unsafe { Frame::find(self.shared.report_ptr().cast(), self.stub.report(), stop.args[0]) };
+        self.frame = frame.ok_or(SandboxError::Ended)?;
+        self.frame.trap().ok_or(SandboxError::Ended)
+    }
+
+    fn receive(&mut self) -> Result<Stop, SandboxError> {
+        let mut unheard = 0;
+        loop {
+            let ready = poll(&mut [PollFd::new(&self.listener, PollFlags::IN)], Some(&PATIENCE));
+            if let Ok(1..) = ready
+                && let Some(stop) = receive_stop(&self.listener)
+            {
+                return Ok(stop);
+            }
+            // A kick that is not heard: user code has blocked the signal, or the host is very busy.
+            unheard += u32::from(self.kicker.pending.load(Ordering::SeqCst));
+            if unheard * PATIENCE_MS > self.deaf_ms || !matches!(self.child.try_wait(), Ok(None)) {
+                return Err(self.end());
+            }
+        }
+    }
+
+    /// User code's registers.
+    pub fn registers(&self) -> Registers {
+        self.frame.registers()
+    }
+    /// Sets user code's registers.
+    pub fn set_registers(&mut self, registers: &Registers) {
+        self.frame.set_registers(registers);
+    }
+    /// Bases of FS and GS.
+    pub fn bases(&self) -> (u64, u64) {
+        (self.fs_base, self.gs_base)
+    }
+    /// Sets the bases of FS and GS, which have to be canonical.
+    pub fn set_bases(&mut self, fs: u64, gs: u64) {
+        (self.fs_base, self.gs_base) = (fs, gs);
+    }
+    /// Copies x87 and SSE registers (as FXSAVE64 lays them out) and the upper halves of the YMM registers out of the sandbox.
+    pub fn load_fpu(&self, fxsave: &mut [u8; 512], ymm_high: &mut [[u64; 2]; 16]) {
+        self.frame.load_fpu(fxsave, ymm_high);
+    }
+    /// Sets x87, SSE and AVX registers; all others become what they are after reset.
+    pub fn store_fpu(&mut self, fxsave: &[u8; 512], ymm_high: &[[u64; 2]; 16]) {
+        self.frame.store_fpu(fxsave, ymm_high);
+    }
+
+    /// How other threads stop user code.
+    pub fn kicker(&self) -> Arc<Kicker> {
+        self.kicker.clone()
+    }
+}
+
+impl Drop for Sandbox {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Ends a process that does not become a sandbox.
+struct Guard(Option<Child>);
+
+impl Guard {
+    fn get(&self) -> &Child {
+        self.0.as_ref().expect("not taken yet")
+    }
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        if let Some(mut child) = self.0.take() {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+/// Stops the user code of a sandbox.
+#[derive(Debug)]
+pub struct Kicker {
+    pidfd: OwnedFd,
+    pending: AtomicBool,
+}
+
+impl Kicker {
+    /// User code traps with [`Trap::Kicked`] soon, if it runs, else when it runs next.
+    pub fn kick(&self) {
+        self.pending.store(true, Ordering::SeqCst);
+        // It may have ended.
+        let _ = pidfd_send_signal(&self.pidfd, Signal::USR1);
+    }
+}
+
+/// After this time, see whether the sandbox is still there.
+const PATIENCE: Timespec = Timespec { tv_sec: 0, tv_nsec: 1_000_000 * PATIENCE_MS as i64 };
+const PATIENCE_MS: u32 = 100;
+/// After so many milliseconds in which a kick is not heard, the sandbox ends.
+const DEAF_MS: u32 = 10_000;
+/// Copied pages at most.
+const MOST_COPIES: u64 = 1024;
+/// Bytes that are mapped at once with all their page-table entries.
+const POPULATE: u64 = 2 << 20;
+
+/// The memory that the monitor shares with the sandbox.
+struct Shared {
+    at: NonNull<u8>,
+}
+
+// SAFETY: it owns a mapping.
+unsafe impl Send for Shared {}
+
+impl Shared {
+    fn new(file: &File) -> io::Result<Self> {
+        let (prot, size) = (ProtFlags::READ | ProtFlags::WRITE, SHARED_SIZE as usize);
+        // SAFETY: a new mapping at an address that the kernel chooses.
+        let at = unsafe { rustix::mm::mmap(std::ptr::null_mut(), size, prot, MapFlags::SHARED, file, 0) }?;
+        Ok(Self { at: NonNull::new(at.cast()).ok_or(io::ErrorKind::OutOfMemory)? })
+    }
+
+    fn orders(&mut self) -> &mut Orders {
+        // SAFETY: mapped, large enough, and valid for any bytes. The sandbox only reads it, after `order` has told it.
+        unsafe { self.at.cast().as_mut() }
+    }
+
+    fn report(&mut self) -> &mut Report {
+        // SAFETY: as above; the sandbox's thread is stopped while the monitor looks, and any bytes are valid.
+        unsafe { self.report_ptr().as_mut() }
+    }
+
+    fn report_ptr(&self) -> NonNull<Report> {
+        // SAFETY: within the mapping.
+        unsafe { self.at.add(ORDERS_SIZE as usize) }.cast()
+    }
+
+    /// Has the sandbox make calls.
+    fn order(&mut self, number: u32, calls: &[Call]) {
+        let orders = self.orders();
+        orders.calls[..calls.len()].copy_from_slice(calls);
+        orders.count = calls.len() as u32;
+        orders.number.store(number, Ordering::Release);
+        let _ = futex::wake(&orders.number, futex::Flags::empty(), 1);
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        // SAFETY: mapped by `new` with this size.
+        let _ = unsafe { rustix::mm::munmap(self.at.as_ptr().cast(), SHARED_SIZE as usize) };
+    }
+}
+
+/// `struct seccomp_notif`.
+#[repr(C)]
+struct Stop {
+    id: u64,
+    thread: u32,
+    flags: u32,
+    number: i32,
+    architecture: u32,
+    pointer: u64,
+    args: [u64; 6],
+}
+
+/// SECCOMP_IOCTL_NOTIF_RECV and _SEND.
+const RECEIVE: u64 = 0xc050_2100;
+const SEND: u64 = 0xc018_2101;
+
+fn receive_stop(listener: &OwnedFd) -> Option<Stop> {
+    let mut stop = MaybeUninit::<Stop>::zeroed();
+    // SAFETY: the structure has the size that the request names.
+    let done = unsafe { libc::ioctl(listener.as_raw_fd(), RECEIVE, stop.as_mut_ptr()) };
+    // SAFETY: integers, zeroed or written by the kernel.
+    (done == 0).then(|| unsafe { stop.assume_init() })
+}
+
+fn answer(listener: &OwnedFd, stop: u64) -> Result<(), SandboxError> {
+    let mut answer = [stop, 0, 0];
+    // SAFETY: the structure has the size that the request names.
+    let done = unsafe { libc::ioctl(listener.as_raw_fd(), SEND, answer.as_mut_ptr()) };
+    if done == 0 { Ok(()) } else { Err(SandboxError::Ended) }
+}
+
+/// Whether Linux has enabled RDFSBASE and its like (`HWCAP2_FSGSBASE`).
+fn has_fsgsbase() -> bool {
+    // SAFETY: has no preconditions.
+    unsafe { libc::getauxval(libc::AT_HWCAP2) & 2 != 0 }
+}
+
+/// A place where hardly any program has something of its own: above position-independent programs, below libraries.
+fn random_base() -> io::Result<u64> {
+    const FIRST: u64 = 0x6200_0000_0000;
+    const BITS: u32 = 43;
+    let mut bytes = [0; 8];
+    getrandom(&mut bytes, GetRandomFlags::empty())?;
+    Ok(FIRST + (u64::from_le_bytes(bytes) & ((1 << BITS) - 1) & !(PAGE - 1)))
+}
+
+#[cfg(test)]
+mod tests;
