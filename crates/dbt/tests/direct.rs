@@ -264,6 +264,38 @@ fn an_instruction_may_end_on_a_page_that_cannot_run_directly() {
 }
 
 #[test]
+fn interrupt_instructions_lead_where_they_should() {
+    let cases: [&[u8]; 6] = [&[0xcc], &[0xcd, 0x03], &[0xf1], &[0xcd, 0x80], &[0xcd, 0x04], &[0xcd, 0x2d]];
+    for code in cases {
+        let Some(mut guest) = Guest::new(|a| a.db(code)) else { return };
+        let directly = (guest.run(), guest.vcpu.cpu().rip);
+        translate(&mut guest.vcpu);
+        assert_eq!((guest.restart(), guest.vcpu.cpu().rip), directly, "{code:02x?}");
+    }
+}
+
+#[test]
+fn a_jump_to_32_bit_code_is_noticed() {
+    // JMP far [rip]: offset, selector 23h.
+    let Some(mut guest) = Guest::new(|a| {
+        a.db(&[0xff, 0x2d, 0, 0, 0, 0])?;
+        a.dd(&[CODE as u32 + 0x100])?;
+        a.dw(&[0x23])
+    }) else {
+        return;
+    };
+    // INC EAX (which is a prefix in 64-bit code); HLT.
+    for (at, byte) in (CODE_PAGES + 0x100..).zip([0x40, 0x40, 0xf4]) {
+        guest.byte(at).store(byte, Ordering::SeqCst);
+    }
+    guest.vcpu.cpu_mut().gpr[reg::RAX] = 5;
+    assert_eq!(guest.run(), Exception::gp(0));
+    let cpu = guest.vcpu.cpu();
+    assert_eq!((cpu.gpr[reg::RAX], cpu.rip), (7, CODE + 0x102));
+    assert!(cpu.mode.code32 && cpu.mode.cpl == 3);
+}
+
+#[test]
 fn the_dirty_log_sees_direct_writes() {
     let Some(mut guest) = Guest::new(|a| {
         a.mov(rax, WINDOW)?;

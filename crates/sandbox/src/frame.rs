@@ -37,7 +37,7 @@ pub struct Registers {
 pub enum Trap {
     /// SYSCALL; RIP is behind it, RCX and R11 are what the instruction left.
     SystemCall,
-    /// Another way into the kernel, INT 80h or SYSENTER; RIP is behind it.
+    /// Another way into the kernel, INT 80h; RIP is behind it.
     OldSystemCall,
     /// A page fault at an address, with its error code (SDM volume 3, 4.7).
     PageFault {
@@ -64,8 +64,18 @@ const X87: u64 = 1;
 const SSE: u64 = 2;
 const AVX: u64 = 4;
 
+/// `si_code` of signals for which the kernel has no other.
+const SI_KERNEL: i32 = 0x80;
+
+/// Selectors of CS and SS in 64-bit user code of Linux.
+const CS: u16 = 0x33;
+const SS: u16 = 0x2b;
+
 /// Offsets in the frame.
+const SIGNAL_STACK: usize = 8 + 16;
 const REGISTERS: usize = 8 + 40;
+const SELECTORS: usize = REGISTERS + 144;
+const SIGNAL_MASK: usize = REGISTERS + 256;
 const TRAP_NUMBER: usize = REGISTERS + 160;
 const ERROR: usize = REGISTERS + 152;
 const ADDRESS: usize = REGISTERS + 176;
@@ -73,13 +83,16 @@ const FPU: usize = REGISTERS + 184;
 const INFO: usize = 8 + 304;
 const FRAME_SIZE: usize = INFO + 128;
 
-/// A frame that lies where it should. User code can write to it at any time that it runs, and to nothing else of it matters.
+/// A frame that lies where it should. User code can write to it while it runs: it says what user code's registers are, and
+/// nothing else of it is relied on.
 #[derive(Clone, Copy, Debug)]
 pub struct Frame {
     /// The frame, in the monitor's mapping.
     at: *mut u8,
     /// The XSAVE area.
     fpu: *mut u8,
+    /// The frame's address in the sandbox.
+    address: u64,
 }
 
 // SAFETY: a description of memory that nobody owns alone.
@@ -89,7 +102,7 @@ impl Frame {
     /// Before the first trap: nothing but zeroes.
     pub fn none(mapped: NonNull<u8>) -> Self {
         let at = mapped.as_ptr().wrapping_add(STACK_OFFSET as usize);
-        Self { at, fpu: at }
+        Self { at, fpu: at, address: 0 }
     }
 
     /// The frame at `address` in a sandbox whose report begins at `report`, mapped here at `mapped`. `None` if it is not
@@ -105,7 +118,7 @@ impl Frame {
         };
         let mapped = mapped.as_ptr();
         let at = mapped.wrapping_add(inside(address, FRAME_SIZE)?);
-        let mut frame = Self { at, fpu: at };
+        let mut frame = Self { at, fpu: at, address };
         let fpu = inside(frame.read(FPU), YMM + 256)?;
         frame.fpu = mapped.wrapping_add(fpu);
         let magic: u32 = Self::read_at(frame.fpu, SOFTWARE);
@@ -127,6 +140,8 @@ impl Frame {
                 Some(if architecture == X86_64 { Trap::SystemCall } else { Trap::OldSystemCall })
             }
             crate::KICK => Some(Trap::Kicked),
+            // Of the kernel's own, without an exception before.
+            libc::SIGILL if code == SI_KERNEL => Some(Trap::Exception(6)),
             // From the kernel only: not sent by another process.
             _ if code > 0 => {
                 let number: u64 = self.read(TRAP_NUMBER);
@@ -150,11 +165,27 @@ impl Frame {
         self.write(REGISTERS, *registers);
     }
 
+    /// Selector of CS; not that of 64-bit code if user code has jumped to another.
+    pub fn code_selector(&self) -> u16 {
+        self.read(SELECTORS)
+    }
+
+    /// Makes everything of the frame beside the registers what it is in 64-bit code that has changed nothing; returns the
+    /// address that the stack pointer has to have for the return. `report` is where the report begins in the sandbox.
+    pub fn prepare(&mut self, report: u64) -> u64 {
+        self.write(SELECTORS, [CS, 0, 0, SS]);
+        self.write(SIGNAL_MASK, 0u64);
+        self.write(SIGNAL_STACK, [report + STACK_OFFSET, 0, REPORT_SIZE - STACK_OFFSET]);
+        self.address + 8
+    }
+
     /// Copies x87 and SSE registers (the first 416 bytes of an FXSAVE image) and the upper halves of the YMM registers.
     pub fn load_fpu(&self, fxsave: &mut [u8; 512], ymm_high: &mut [[u64; 2]; 16]) {
         let present: u64 = Self::read_at(self.fpu, HEADER);
         let saved: [u8; 416] = Self::read_at(self.fpu, 0);
         fxsave[..416].copy_from_slice(&saved);
+        // MXCSR's reserved bits, which user code could have set in a frame of its own.
+        fxsave[26..28].fill(0);
         if present & X87 == 0 {
             // As FNINIT leaves them; MXCSR and its mask are between.
             fxsave[..24].copy_from_slice(&INITIAL_X87);

@@ -73,6 +73,10 @@ pub struct Report {
     pub fs_base: u64,
     /// Base of GS with which user code goes on.
     pub gs_base: u64,
+    /// Where the stack pointer is to be for the return from the signal.
+    pub frame: u64,
+    /// Flags that a return from a signal does not set: it leaves those of its caller.
+    pub flags: u64,
     /// The thread of user code.
     pub thread: u32,
     /// Number of the last order that was carried out.

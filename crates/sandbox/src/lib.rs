@@ -5,7 +5,7 @@
 //! call, an exception, or because the monitor asks ([`Kicker`]). The code can make no system call, and reaches no memory but
 //! what is mapped for it.
 //!
-//! Needs Linux 5.9 on x86-64 with FSGSBASE, and leave to start processes and to filter their system calls; nothing of it
+//! Needs Linux 5.11 on x86-64 with FSGSBASE, and leave to start processes and to filter their system calls; nothing of it
 //! needs privileges.
 
 mod filter;
@@ -67,9 +67,9 @@ pub enum SandboxError {
     /// The process ended, and the registers of user code with it.
     #[error("the process of user code has ended")]
     Ended,
-    /// The host refused to change the mappings. User code has not run since its last trap, and the registers are those of
-    /// then.
-    #[error("the host refused to map memory for user code")]
+    /// The host refused to change the mappings, or has ended the process while it was stopped. User code has not run since its
+    /// last trap, and the registers are those of then.
+    #[error("the host refused to map memory for user code, or has ended its process")]
     Refused,
     /// The range cannot be mapped.
     #[error("nothing can be mapped at {0:#x}")]
@@ -106,12 +106,12 @@ pub struct Sandbox {
     cpu: Option<usize>,
     fs_base: u64,
     gs_base: u64,
-    /// See [`DEAF_MS`].
-    deaf_ms: u32,
     /// The shared memory's file, behind which the copied pages lie.
     file: File,
     /// Their numbers, by address.
     copies: HashMap<u64, u64>,
+    /// Numbers that are free again.
+    free: Vec<u64>,
 }
 
 impl Sandbox {
@@ -151,9 +151,9 @@ impl Sandbox {
             cpu: None,
             fs_base: 0,
             gs_base: 0,
-            deaf_ms: DEAF_MS,
             file,
             copies: HashMap::new(),
+            free: Vec::new(),
         };
         // The thread's first trap says that it is there; no user code has run before.
         sandbox.wait().map_err(io::Error::other)?;
@@ -175,6 +175,7 @@ impl Sandbox {
             flags |= libc::MAP_POPULATE;
         }
         let args = [address, size, prot as u64, flags as u64, start::RAM, offset];
+        self.forget_copies(address, size);
         self.queue.push(Call::new(libc::SYS_mmap, args));
         Ok(())
     }
@@ -185,8 +186,9 @@ impl Sandbox {
     /// As [`Sandbox::map`], and [`SandboxError::Copies`].
     pub fn map_copy(&mut self, address: u64, bytes: &[u8]) -> Result<(), SandboxError> {
         self.check(address, PAGE)?;
-        let next = self.copies.len() as u64;
-        let slot = self.copies.get(&address).copied().unwrap_or(next);
+        self.forget_copies(address, PAGE);
+        let new = (self.copies.len() + self.free.len()) as u64;
+        let slot = self.free.pop().unwrap_or(new);
         if slot >= MOST_COPIES {
             return Err(SandboxError::Copies);
         }
@@ -205,6 +207,7 @@ impl Sandbox {
     /// As [`Sandbox::map`].
     pub fn unmap(&mut self, address: u64, size: u64) -> Result<(), SandboxError> {
         self.check(address, size)?;
+        self.forget_copies(address, size);
         self.queue.push(Call::new(libc::SYS_munmap, [address, size]));
         Ok(())
     }
@@ -212,9 +215,22 @@ impl Sandbox {
     /// Makes everything inaccessible before user code goes on.
     pub fn clear(&mut self) {
         let own = self.own_pages();
+        self.forget_copies(0, u64::MAX);
         self.queue.clear();
         self.queue.push(Call::new(libc::SYS_munmap, [0, own.start]));
         self.queue.push(Call::new(libc::SYS_munmap, [own.end, USER_END - own.end]));
+    }
+
+    /// The copies in a range give their places in the file to later ones.
+    fn forget_copies(&mut self, address: u64, size: u64) {
+        if !self.copies.is_empty() {
+            let free = &mut self.free;
+            self.copies.retain(|&copy, &mut slot| {
+                let stays = copy.wrapping_sub(address) >= size;
+                free.extend((!stays).then_some(slot));
+                stays
+            });
+        }
     }
 
     /// Whether mappings are to be changed before user code goes on.
@@ -246,8 +262,10 @@ impl Sandbox {
     /// [`SandboxError::Ended`] and [`SandboxError::Refused`]. The registers are those before, and nothing can be done with the
     /// sandbox any more.
     pub fn run(&mut self) -> Result<Trap, SandboxError> {
+        let frame = self.frame.prepare(self.stub.report());
         let report = self.shared.report();
-        (report.fs_base, report.gs_base) = (self.fs_base, self.gs_base);
+        (report.fs_base, report.gs_base, report.frame) = (self.fs_base, self.gs_base, frame);
+        report.flags = self.frame.registers().rflags & NESTED_AND_ID;
         if self.queue.is_empty() {
             answer(&self.listener, self.stop)?;
         } else {
@@ -263,6 +281,8 @@ impl Sandbox {
         queue.push(Call::new(libc::SYS_ioctl, [start::LISTENER, SEND, self.stub.data(0)]));
         let mut chunks = queue.chunks(CALLS).peekable();
         while let Some(calls) = chunks.next() {
+            // User code may have written anything there; it is stopped now.
+            self.shared.report().done.store(self.order, Ordering::Release);
             self.order = self.order.wrapping_add(1);
             self.shared.order(self.order, calls);
             if chunks.peek().is_some() {
@@ -303,14 +323,21 @@ impl Sandbox {
         self.kicker.pending.store(false, Ordering::SeqCst);
         self.stop = stop.id;
         [_, self.fs_base, self.gs_base, ..] = stop.args;
+        // No CPU gives such a base: user code has called the stub itself.
+        if !is_canonical(self.fs_base) || !is_canonical(self.gs_base) {
+            return Err(SandboxError::Ended);
+        }
         // SAFETY: the mapping lives as long as `self.shared`.
         let frame = unsafe { Frame::find(self.shared.report_ptr().cast(), self.stub.report(), stop.args[0]) };
         self.frame = frame.ok_or(SandboxError::Ended)?;
+        if !is_canonical(self.frame.registers().rip) {
+            return Err(SandboxError::Ended);
+        }
         self.frame.trap().ok_or(SandboxError::Ended)
     }
 
     fn receive(&mut self) -> Result<Stop, SandboxError> {
-        let mut unheard = 0;
+        let (mut unheard, mut deaf) = (0, 0);
         loop {
             let ready = poll(&mut [PollFd::new(&self.listener, PollFlags::IN)], Some(&PATIENCE));
             if let Ok(1..) = ready
@@ -320,10 +347,21 @@ impl Sandbox {
             }
             // A kick that is not heard: user code has blocked the signal, or the host is very busy.
             unheard += u32::from(self.kicker.pending.load(Ordering::SeqCst));
-            if unheard * PATIENCE_MS > self.deaf_ms || !matches!(self.child.try_wait(), Ok(None)) {
+            deaf = if unheard > 0 && self.blocks_kicks() { deaf + 1 } else { 0 };
+            if deaf > DEAF || !matches!(self.child.try_wait(), Ok(None)) {
                 return Err(self.end());
             }
         }
+    }
+
+    /// Whether the thread of user code blocks the signal. The stub's handler does, but not for long.
+    fn blocks_kicks(&self) -> bool {
+        let status = format!("/proc/{}/task/{}/status", self.child.id(), self.thread);
+        let text = std::fs::read_to_string(status).unwrap_or_default();
+        let blocked = text.lines().find_map(|line| line.strip_prefix("SigBlk:"));
+        // A thread that cannot be seen is given up.
+        let mask = blocked.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(u64::MAX);
+        mask >> (KICK - 1) & 1 != 0
     }
 
     /// User code's registers.
@@ -333,6 +371,10 @@ impl Sandbox {
     /// Sets user code's registers.
     pub fn set_registers(&mut self, registers: &Registers) {
         self.frame.set_registers(registers);
+    }
+    /// Selector of CS that user code has come to: not that of 64-bit code if it has jumped to 32-bit code.
+    pub fn code_selector(&self) -> u16 {
+        self.frame.code_selector()
     }
     /// Bases of FS and GS.
     pub fn bases(&self) -> (u64, u64) {
@@ -399,10 +441,11 @@ impl Kicker {
 }
 
 /// After this time, see whether the sandbox is still there.
-const PATIENCE: Timespec = Timespec { tv_sec: 0, tv_nsec: 1_000_000 * PATIENCE_MS as i64 };
-const PATIENCE_MS: u32 = 100;
-/// After so many milliseconds in which a kick is not heard, the sandbox ends.
-const DEAF_MS: u32 = 10_000;
+const PATIENCE: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
+/// So often in a row the signal may be found blocked while a kick is not heard.
+const DEAF: u32 = 5;
+/// RFLAGS.NT and RFLAGS.ID.
+const NESTED_AND_ID: u64 = 1 << 14 | 1 << 21;
 /// Copied pages at most.
 const MOST_COPIES: u64 = 1024;
 /// Bytes that are mapped at once with all their page-table entries.
@@ -484,7 +527,13 @@ fn answer(listener: &OwnedFd, stop: u64) -> Result<(), SandboxError> {
     let mut answer = [stop, 0, 0];
     // SAFETY: the structure has the size that the request names.
     let done = unsafe { libc::ioctl(listener.as_raw_fd(), SEND, answer.as_mut_ptr()) };
-    if done == 0 { Ok(()) } else { Err(SandboxError::Ended) }
+    // It was killed while it was stopped.
+    if done == 0 { Ok(()) } else { Err(SandboxError::Refused) }
+}
+
+/// Whether an address is canonical with four levels of page tables.
+fn is_canonical(address: u64) -> bool {
+    (address as i64) << 16 >> 16 == address as i64
 }
 
 /// Whether Linux has enabled RDFSBASE and its like (`HWCAP2_FSGSBASE`).

@@ -35,6 +35,10 @@ pub const SHARED: u64 = 1;
 const SOCKET: u64 = 2;
 pub const LISTENER: u64 = 3;
 
+/// PR_SET_SYSCALL_USER_DISPATCH and PR_SYS_DISPATCH_ON.
+const SET_USER_DISPATCH: u64 = 59;
+const USER_DISPATCH_ON: u64 = 1;
+
 /// Bytes at the beginning of the orders' data that are the answer to a stop (`struct seccomp_notif_resp`).
 const ANSWER: usize = 24;
 
@@ -128,6 +132,8 @@ impl Script {
         self.call(libc::SYS_rt_sigprocmask, [libc::SIG_SETMASK as u64, none, 0, 8]);
         // The guest's time is not the host's: RDTSC and RDTSCP are to trap.
         self.call(libc::SYS_prctl, [libc::PR_SET_TSC as u64, libc::PR_TSC_SIGSEGV as u64]);
+        // All system calls of user code are signals, also those that seccomp does not see (uprobe's, since Linux 6.14).
+        self.call(libc::SYS_prctl, [SET_USER_DISPATCH, USER_DISPATCH_ON, self.stub.base, CODE_SIZE, 0]);
         let program = self.program(&filter::for_user_code(self.stub));
         let flags = libc::SECCOMP_FILTER_FLAG_SPEC_ALLOW;
         self.call(libc::SYS_seccomp, [libc::SECCOMP_SET_MODE_FILTER.into(), flags, program]);

@@ -4,7 +4,8 @@
 //! only [`Orders`], which user code cannot write, so that nothing that user code does leads it elsewhere. The other thread
 //! runs user code. Each of its traps is a signal: the handler stops in a system call that the kernel tells the monitor
 //! about (seccomp's user notification), and returns from the signal with the registers that the monitor has left in the
-//! frame. While the monitor has not answered, the thread cannot run: user code has no way to pretend that it has stopped.
+//! frame. While the monitor has not answered, the thread cannot run. User code that calls the stop itself has stopped,
+//! too, and what its frame holds is no more than its own word.
 
 use std::{arch::global_asm, mem::offset_of};
 
@@ -28,6 +29,8 @@ global_asm!(
     done = const offset_of!(Report, done),
     fs_base = const offset_of!(Report, fs_base),
     gs_base = const offset_of!(Report, gs_base),
+    frame = const offset_of!(Report, frame),
+    flags = const offset_of!(Report, flags),
     read = const libc::PROT_READ,
     shared_fixed = const libc::MAP_SHARED | libc::MAP_FIXED,
     mmap = const libc::SYS_mmap,

@@ -80,6 +80,7 @@ ruse_stub_start:
     mov rsi, [r13 + {args} + 8]
     mov rdx, [r13 + {args} + 16]
     mov r10, [r13 + {args} + 24]
+    mov r8, [r13 + {args} + 32]
     mov rax, [r13]
     syscall
     test rax, rax
@@ -94,18 +95,20 @@ ruse_stub_start:
 
     // The signal handler. All signals are blocked in it.
 ruse_stub_trap:
-    mov rbx, rsp
     mov rdi, rsp
     rdfsbase rsi
     rdgsbase rdx
     mov eax, {stop}
     syscall
+    // User code may have jumped to the call: nothing here relies on registers.
 ruse_stub_stop:
     mov rax, [rip + ruse_stub_start + {code_size} + {orders_size} + {fs_base}]
     wrfsbase rax
     mov rax, [rip + ruse_stub_start + {code_size} + {orders_size} + {gs_base}]
     wrgsbase rax
-    lea rsp, [rbx + 8]
+    mov rsp, [rip + ruse_stub_start + {code_size} + {orders_size} + {frame}]
+    push qword ptr [rip + ruse_stub_start + {code_size} + {orders_size} + {flags}]
+    popfq
     mov eax, {rt_sigreturn}
     syscall
 ruse_stub_return:

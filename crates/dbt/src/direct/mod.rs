@@ -83,14 +83,14 @@ impl Pool {
         self.spaces.iter().any(|space| space.root == root && space.avoids(cpu.rip))
     }
 
-    /// Copies of a page of RAM are void: its bytes have changed.
-    pub fn forget_copies(&mut self, cpu: &mut Cpu, gpa: u64) {
-        self.spaces.iter_mut().for_each(|space| space.forget_copies(cpu, gpa));
+    /// A page of RAM is not executed directly any more: its bytes change.
+    pub fn forget_code(&mut self, cpu: &mut Cpu, gpa: u64) {
+        self.spaces.iter_mut().for_each(|space| space.forget_code(cpu, gpa));
     }
 
-    /// All copies are void.
-    pub fn forget_all_copies(&mut self, cpu: &mut Cpu) {
-        self.spaces.iter_mut().for_each(|space| space.forget_all_copies(cpu));
+    /// No page is executed directly any more.
+    pub fn forget_all_code(&mut self, cpu: &mut Cpu) {
+        self.spaces.iter_mut().for_each(|space| space.forget_all_code(cpu));
     }
 
     /// Ends the process of an address space.

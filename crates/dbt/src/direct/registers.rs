@@ -1,6 +1,7 @@
 //! The guest's registers on their way into a sandbox and back.
 
 use ruse_arch::{
+    Segment,
     flags::{cr0, cr4, rflags},
     state::{reg, seg},
 };
@@ -14,6 +15,9 @@ const OF_USER: u64 = rflags::ARITH | rflags::TF | rflags::DF | rflags::NT | rfla
 /// Selectors of CS and SS in the host's user code.
 const HOST_CS: u16 = 0x33;
 const HOST_SS: u16 = 0x2b;
+/// The host's other selector of user code, and what it selects: 32-bit code in the first 4 GiB.
+const HOST_CS32: u16 = 0x23;
+const CODE32: Segment = Segment { base: 0, limit: 0xffff_ffff, attr: 0xc0fb, selector: HOST_CS32 };
 
 /// Whether the guest's code can run directly as things are: 64-bit user code, to which the host's CPU looks as its own, and
 /// that nobody debugs.
@@ -22,7 +26,7 @@ pub fn can_run(cpu: &Cpu) -> bool {
     let user = cpu.mode.cpl == 3 && cpu.mode.code64 && !cpu.interrupt_shadow;
     let debugged = cpu.rflags & rflags::TF != 0 || cpu.dr7 & 0xff != 0;
     let selectors = cpu.seg[seg::CS].selector == HOST_CS && cpu.seg[seg::SS].selector == HOST_SS;
-    let plain = cpu.rflags & (rflags::IOPL | rflags::NT) == 0;
+    let plain = cpu.rflags & rflags::IOPL == 0;
     let registers = cpu.paging.cr0 & (cr0::EM | cr0::TS | cr0::PG) == cr0::PG
         && cpu.paging.cr4 & cr4::OSFXSR != 0
         && cpu.xcr0 == EVERYTHING
@@ -69,4 +73,8 @@ pub fn load(cpu: &mut Cpu, sandbox: &Sandbox) {
     cpu.rflags = cpu.rflags & !(OF_USER | rflags::RF) | r.rflags & OF_USER;
     (cpu.seg[seg::FS].base, cpu.seg[seg::GS].base) = sandbox.bases();
     sandbox.load_fpu(&mut cpu.fpu.fxsave, &mut cpu.fpu.ymm_high);
+    if sandbox.code_selector() == HOST_CS32 {
+        cpu.seg[seg::CS] = CODE32;
+        cpu.update_mode();
+    }
 }

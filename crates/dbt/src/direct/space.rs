@@ -62,6 +62,8 @@ pub struct Space {
     mappings: Mappings,
     /// Pages of code that is not to run directly, and how often it should have.
     avoided: HashMap<u64, u32>,
+    /// Bytes of the largest page of the guest's of which something was mapped.
+    largest: u64,
     /// The last block that was mapped: first address and bytes.
     block: (u64, u64),
     /// Where the guest has had a page fault: it will have a page there.
@@ -82,6 +84,7 @@ impl Space {
             pcid: cpu.mmu.pcid(),
             mappings: Mappings::default(),
             avoided: HashMap::new(),
+            largest: PAGE,
             block: (0, AROUND),
             awaited: None,
             seen: cpu.mmu.changes.now(),
@@ -112,7 +115,7 @@ impl Space {
         for change in changes {
             match change {
                 // A large page is flushed by any of its addresses.
-                Change::Page(va) if !everything => self.check(cpu, va & !0x1f_ffff, 0x20_0000),
+                Change::Page(va) if !everything => self.check(cpu, va & !(self.largest - 1), self.largest),
                 Change::Writer(gpa) => self.take_writers(gpa),
                 _ => {}
             }
@@ -139,7 +142,7 @@ impl Space {
         }
         let before = self.mappings.len();
         self.check(cpu, 0, u64::MAX);
-        if self.mappings.len() * 2 < before { Followed::Other } else { Followed::Same }
+        if self.mappings.len() * 2 <= before { Followed::Other } else { Followed::Same }
     }
 
     /// Compares the mappings of a range with the page tables.
@@ -179,17 +182,17 @@ impl Space {
         }
     }
 
-    /// Copies of a page of RAM are void.
-    pub fn forget_copies(&mut self, cpu: &mut Cpu, gpa: u64) {
-        for page in self.mappings.of(gpa).into_iter().filter(|page| page.copied) {
+    /// A page of RAM is not executed directly any more: its bytes change.
+    pub fn forget_code(&mut self, cpu: &mut Cpu, gpa: u64) {
+        for page in self.mappings.of(gpa).into_iter().filter(|page| page.rights.execute) {
             self.unmap(cpu, page.va, page.size);
         }
     }
 
-    /// All copies are void.
-    pub fn forget_all_copies(&mut self, cpu: &mut Cpu) {
-        for page in self.mappings.all().into_iter().filter(|page| page.copied) {
-            self.unmap(cpu, page.va, page.size);
+    /// No page is executed directly any more.
+    pub fn forget_all_code(&mut self, cpu: &mut Cpu) {
+        for run in self.mappings.all().into_iter().filter(|run| run.rights.execute) {
+            self.unmap(cpu, run.va, run.size);
         }
     }
 
@@ -252,7 +255,7 @@ impl Space {
             self.mappings.clear();
             self.sandbox.clear();
         }
-        let rights = Self::rights(cpu, page, &found, access == Access::Write);
+        let rights = self.rights(cpu, page, &found, access);
         match access {
             Access::Write if !rights.write && cpu.mmu.writable_page(found.gpa).is_none() => {
                 return Resolved::Elsewhere;
@@ -279,10 +282,12 @@ impl Space {
     }
 
     /// What user code may do directly with a page.
-    fn rights(cpu: &mut Cpu, page: u64, found: &Translation, written: bool) -> Rights {
+    fn rights(&mut self, cpu: &mut Cpu, page: u64, found: &Translation, access: Access) -> Rights {
+        self.largest = self.largest.max(1 << found.page_shift);
         let clean = |code: Page| !scan::is_suspicious(&code);
         let execute = found.executable && code(cpu, page, found.gpa).is_some_and(clean);
-        Rights { write: found.writable && cpu.mmu.may_write(found.gpa, written), execute }
+        let write = found.writable && cpu.mmu.may_write(found.gpa, access == Access::Write);
+        Rights { write, execute }
     }
 
     /// Maps the page at which the guest had a fault, if it is there now.
@@ -292,7 +297,8 @@ impl Space {
         if let Some(found) = cpu.mmu.look(&mode, page)
             && cpu.mmu.host_page(found.gpa).is_some()
         {
-            let rights = Self::rights(cpu, page, &found, found.writable);
+            let access = if found.writable { Access::Write } else { Access::Read };
+            let rights = self.rights(cpu, page, &found, access);
             self.map_around(
                 cpu,
                 Run { va: page, size: PAGE, gpa: found.gpa & !(PAGE - 1), rights, copied: false },
@@ -321,7 +327,7 @@ impl Space {
                 if cpu.mmu.host_page(found.gpa).is_none() {
                     continue;
                 }
-                let rights = Self::rights(cpu, va, &found, false);
+                let rights = self.rights(cpu, va, &found, Access::Read);
                 Run { va, size: PAGE, gpa: found.gpa, rights, copied: false }
             };
             match runs.last_mut() {
@@ -354,7 +360,8 @@ fn joined(changed: Vec<(Run, Option<Rights>)>) -> Vec<(Run, Option<Rights>)> {
 
 /// A page of code and what follows it.
 fn code(cpu: &mut Cpu, va: u64, gpa: u64) -> Option<Page> {
-    let mut page = [0; scan::PAGE + scan::LONGEST];
+    // What is not known behind the page could be anything: a 0F at its end counts.
+    let mut page = [0xa2; scan::PAGE + scan::LONGEST];
     load(cpu.mmu.host_page(gpa)?, &mut page[..scan::PAGE]);
     let mode = cpu.paging;
     let next = cpu.mmu.look(&mode, va + PAGE).and_then(|next| cpu.mmu.host_page(next.gpa));

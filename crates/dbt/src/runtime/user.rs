@@ -5,7 +5,6 @@ use std::sync::atomic::Ordering;
 use iced_x86::Mnemonic;
 use ruse_arch::{
     Exception,
-    flags::rflags,
     paging::{Access, fault},
 };
 use ruse_engine::host_tsc;
@@ -13,16 +12,17 @@ use ruse_sandbox::{Place, SandboxError, Trap};
 
 use super::vcpu::DbtVcpu;
 use crate::{
-    cpu::{Cpu, request},
+    cpu::{Cpu, Who, request},
     direct::{self, Pool, Resolved},
     mmu::watch::Peer,
     tier0,
 };
 
-/// Bytes of SYSCALL, INT 80h, INT3 and INT1.
+/// Bytes of SYSCALL and INT n.
 const CALL: u64 = 2;
-const BREAKPOINT: u64 = 1;
-/// Processes that may be refused something before nothing runs directly any more.
+const INT1: u8 = 0xf1;
+const INT3: u8 = 0xcc;
+/// Processes that may be refused something, or end, before nothing runs directly any more.
 const PATIENCE: u32 = 8;
 
 /// Direct execution of a vCPU.
@@ -32,7 +32,7 @@ pub struct Direct {
     pub pool: Pool,
     /// Where the thread and the processes run.
     pub place: Place,
-    /// Processes that were refused something.
+    /// Processes that were refused something or have ended.
     refused: u32,
 }
 
@@ -82,16 +82,18 @@ impl DbtVcpu {
                 cpu.rip = cpu.rip.wrapping_sub(CALL);
                 tier0::step_known(cpu, Mnemonic::Syscall, CALL, tier0::system_call)
             }
-            Stay::Trap(Trap::OldSystemCall) => {
+            // INT 80h and INT 4.
+            Stay::Trap(Trap::OldSystemCall | Trap::Exception(4)) => {
                 cpu.rip = cpu.rip.wrapping_sub(CALL);
                 tier0::step(cpu)
             }
             // User code has set TF itself.
-            Stay::Trap(Trap::Exception(1)) if cpu.rflags & rflags::TF != 0 => {
+            Stay::Trap(Trap::Exception(1)) if last_byte(cpu) != Some(INT1) => {
                 Err(Exception::db(tier0::DR6_BS))
             }
             Stay::Trap(Trap::Exception(1 | 3)) => {
-                cpu.rip = cpu.rip.wrapping_sub(BREAKPOINT);
+                let short = matches!(last_byte(cpu), Some(INT1 | INT3));
+                cpu.rip = cpu.rip.wrapping_sub(if short { 1 } else { CALL });
                 tier0::step(cpu)
             }
             Stay::Elsewhere | Stay::Trap(_) => tier0::step(cpu),
@@ -126,20 +128,14 @@ impl DbtVcpu {
         let root = self.cpu.root();
         self.direct.pool.end(root);
         self.cpu.direct.forget(root);
-        match error {
-            // Somebody has killed it, or user code itself has made it useless. What it has done since its last trap is lost: as
-            // far as the guest can see, it has done something that it must not.
-            SandboxError::Ended => Err(Exception::gp(0)),
-            SandboxError::Refused if self.direct.refused < PATIENCE => {
-                self.direct.refused += 1;
-                Ok(())
-            }
-            _ => {
-                tracing::info!("user code is translated from now on");
-                self.cpu.direct.give_up();
-                Ok(())
-            }
+        self.direct.refused += 1;
+        if matches!(error, SandboxError::Unsupported(_)) || self.direct.refused > PATIENCE {
+            tracing::info!("user code is translated from now on");
+            self.cpu.direct.give_up();
         }
+        // If somebody has killed it, or user code itself has made it useless, what it has done since its last trap is lost: as
+        // far as the guest can see, it has done something that it must not.
+        if matches!(error, SandboxError::Ended) { Err(Exception::gp(0)) } else { Ok(()) }
     }
 }
 
@@ -164,7 +160,7 @@ fn stay(direct: &mut Direct, cpu: &mut Cpu, peer: &Peer) -> Result<Stay, Sandbox
         peer.set_running(true);
         let (changes, entered) = (space.sandbox.changes_mappings(), host_tsc());
         let trap = space.sandbox.run();
-        cpu.direct.stayed(cpu.root(), host_tsc() - entered, changes);
+        cpu.direct.stayed(cpu.root(), host_tsc().saturating_sub(entered), changes);
         peer.set_running(false);
         shared.direct.end();
         let trap = trap.inspect_err(|_| direct::load(cpu, &space.sandbox))?;
@@ -189,6 +185,13 @@ fn stay(direct: &mut Direct, cpu: &mut Cpu, peer: &Peer) -> Result<Stay, Sandbox
         let ends_there = matches!(end, Stay::Pause) && cpu.rip ^ address > 0xfff;
         return Ok(if ends_there { Stay::Elsewhere } else { end });
     }
+}
+
+/// The last byte of the instruction before RIP.
+fn last_byte(cpu: &mut Cpu) -> Option<u8> {
+    let mut last = [0];
+    let at = cpu.rip.wrapping_sub(1);
+    cpu.read_linear(at, &mut last, Who::Current).ok().map(|()| last[0])
 }
 
 fn access(error: u32) -> Access {

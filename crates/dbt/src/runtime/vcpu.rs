@@ -177,6 +177,9 @@ impl DbtVcpu {
         if matches!(event, Event::Interrupt(_)) {
             let (root, user) = (self.cpu.root(), self.cpu.mode.cpl == 3);
             self.cpu.direct.interrupted(root, user, host_tsc());
+            if !self.cpu.direct.wants(root) {
+                self.direct.place.leave();
+            }
         }
         if matches!(event, Event::Interrupt(_)) {
             paravirt::steal::tell(&mut self.cpu);
@@ -410,7 +413,7 @@ impl DbtVcpu {
                 self.cpu.mmu.code.unwatch(gpa, self.cpu.id);
             }
         }
-        self.direct.pool.forget_all_copies(&mut self.cpu);
+        self.direct.pool.forget_all_code(&mut self.cpu);
         self.pending_link = None;
         self.cpu.mmu.flush_jumps();
     }
@@ -537,7 +540,7 @@ impl DbtVcpu {
 
     pub(super) fn invalidate(&mut self, gpa: u64, bytes: std::ops::Range<u32>) -> bool {
         let Some(page) = self.cpu.mmu.host_page(gpa) else { return false };
-        self.direct.pool.forget_copies(&mut self.cpu, gpa);
+        self.direct.pool.forget_code(&mut self.cpu, gpa);
         let dropped = self.blocks.invalidate(page as u64, bytes);
         if !self.blocks.has_page(page as u64) {
             self.cpu.mmu.code.unwatch(gpa, self.cpu.id);
