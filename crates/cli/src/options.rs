@@ -6,6 +6,9 @@ use clap::{Args, Parser, Subcommand};
 use ruse_vmm::config::{Topology, parse_size};
 use ruse_vmm::{Accel, CpuModel, Direct, DiskConfig, SerialMode};
 
+/// Of `--disk`: with brackets, which would be links in a comment.
+const DISK_HELP: &str = "A disk in a file or block device: PATH[,readonly][,serial=TEXT][,queues=N][,ring=split]. May be given several times";
+
 /// What follows the help.
 const EXIT_CODES: &str = "\
 Exit codes:
@@ -74,9 +77,8 @@ pub struct RunOptions {
     /// The first serial port: stdio, null or file=PATH.
     #[arg(long, value_name = "WHERE", default_value = "stdio")]
     pub serial: SerialMode,
-    /// A disk in a file or block device: PATH[,readonly][,serial=TEXT][,queues=N][,ring=split]. May be given
-    /// several times.
-    #[arg(long = "disk", value_name = "DISK")]
+    /// Disks, each as [`DiskConfig`] reads it.
+    #[arg(long = "disk", value_name = "DISK", help = DISK_HELP)]
     pub disks: Vec<DiskConfig>,
     /// Empty slots for PCI devices, 0 to 8.
     #[arg(long, value_name = "N", default_value_t = 0)]

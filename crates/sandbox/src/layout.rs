@@ -4,7 +4,7 @@
 //!
 //! | bytes | what | for the sandbox |
 //! | --- | --- | --- |
-//! | [`CODE_SIZE`] | the stub's code ([`crate::stub`]) | executable |
+//! | [`CODE_SIZE`] | the stub's code (`stub.s`) | executable |
 //! | [`ORDERS_SIZE`] | [`Orders`]: system calls that it is to make | read-only |
 //! | [`REPORT_SIZE`] | [`Report`], and the signal stack with the frame of the last trap | writable |
 //!
