@@ -5,7 +5,6 @@
 mod guest;
 
 use std::{
-    os::fd::AsFd,
     sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering},
     time::{Duration, Instant},
 };
@@ -85,8 +84,7 @@ impl Guest {
 
 /// A vCPU that runs user code directly, and that this is possible.
 fn direct(mut cpu: CpuBox) -> Option<DbtVcpu> {
-    let file = rustix::fs::memfd_create("probe", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
-    if let Err(error) = ruse_sandbox::Sandbox::new(file.as_fd()) {
+    if let Err(error) = ruse_sandbox::Sandbox::probe() {
         eprintln!("SKIPPED: {error}");
         return None;
     }

@@ -21,7 +21,7 @@ use std::{
     io,
     mem::MaybeUninit,
     os::{
-        fd::{AsRawFd, BorrowedFd, OwnedFd},
+        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
         unix::fs::FileExt,
     },
     process::Child,
@@ -32,6 +32,7 @@ use std::{
     },
 };
 
+use ruse_arch::paging::is_canonical;
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     fs::{MemfdFlags, memfd_create},
@@ -90,7 +91,7 @@ pub struct Rights {
 
 /// A process for user code. It belongs to the thread that made it, and ends with it.
 pub struct Sandbox {
-    child: Child,
+    child: Process,
     stub: Stub,
     shared: Shared,
     listener: OwnedFd,
@@ -123,6 +124,15 @@ impl Sandbox {
         Self::start(ram).map_err(SandboxError::Start)
     }
 
+    /// Whether there can be such processes on this host.
+    ///
+    /// # Errors
+    /// As [`Sandbox::new`]: why not.
+    pub fn probe() -> Result<(), SandboxError> {
+        let file = memfd_create("probe", MemfdFlags::CLOEXEC).map_err(|e| SandboxError::Start(e.into()))?;
+        Self::new(file.as_fd()).map(drop)
+    }
+
     fn start(ram: BorrowedFd<'_>) -> io::Result<Self> {
         let stub = Stub { base: random_base()? };
         let file = File::from(memfd_create("ruse-user-shared", MemfdFlags::CLOEXEC)?);
@@ -130,15 +140,15 @@ impl Sandbox {
         let mut shared = Shared::new(&file)?;
         shared.orders().parent = std::process::id();
         let (child, socket) = start::spawn(stub, ram, &file)?;
-        let mut child = Guard(Some(child));
-        let pidfd = pidfd_open(Pid::from_child(child.get()), PidfdFlags::empty())?;
+        let child = Process(child);
+        let pidfd = pidfd_open(Pid::from_child(&child.0), PidfdFlags::empty())?;
         let script = Script::new(stub);
         shared.orders().data[..script.data.len()].copy_from_slice(&script.data);
         assert!(script.calls.len() <= CALLS, "one order");
         shared.order(1, &script.calls);
         let listener = start::receive(&socket)?;
         let mut sandbox = Self {
-            child: child.0.take().expect("not taken yet"),
+            child,
             stub,
             frame: Frame::none(shared.report_ptr().cast()),
             shared,
@@ -303,7 +313,7 @@ impl Sandbox {
                 return Ok(());
             }
             let _ = futex::wait(done, futex::Flags::empty(), seen, Some(&PATIENCE));
-            if !matches!(self.child.try_wait(), Ok(None)) {
+            if !matches!(self.child.0.try_wait(), Ok(None)) {
                 return Err(self.end());
             }
         }
@@ -311,9 +321,9 @@ impl Sandbox {
 
     /// Why there is nothing more to come from the process.
     fn end(&mut self) -> SandboxError {
-        let _ = self.child.kill();
+        let _ = self.child.0.kill();
         // Only the stub can exit, and does if it is refused something.
-        let refused = self.child.wait().is_ok_and(|status| status.code().is_some());
+        let refused = self.child.0.wait().is_ok_and(|status| status.code().is_some());
         if refused { SandboxError::Refused } else { SandboxError::Ended }
     }
 
@@ -348,7 +358,7 @@ impl Sandbox {
             // A kick that is not heard: user code has blocked the signal, or the host is very busy.
             unheard += u32::from(self.kicker.pending.load(Ordering::SeqCst));
             deaf = if unheard > 0 && self.blocks_kicks() { deaf + 1 } else { 0 };
-            if deaf > DEAF || !matches!(self.child.try_wait(), Ok(None)) {
+            if deaf > DEAF || !matches!(self.child.0.try_wait(), Ok(None)) {
                 return Err(self.end());
             }
         }
@@ -356,7 +366,7 @@ impl Sandbox {
 
     /// Whether the thread of user code blocks the signal. The stub's handler does, but not for long.
     fn blocks_kicks(&self) -> bool {
-        let status = format!("/proc/{}/task/{}/status", self.child.id(), self.thread);
+        let status = format!("/proc/{}/task/{}/status", self.child.0.id(), self.thread);
         let text = std::fs::read_to_string(status).unwrap_or_default();
         let blocked = text.lines().find_map(|line| line.strip_prefix("SigBlk:"));
         // A thread that cannot be seen is given up.
@@ -399,28 +409,13 @@ impl Sandbox {
     }
 }
 
-impl Drop for Sandbox {
+/// A process that ends with its owner.
+struct Process(Child);
+
+impl Drop for Process {
     fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-/// Ends a process that does not become a sandbox.
-struct Guard(Option<Child>);
-
-impl Guard {
-    fn get(&self) -> &Child {
-        self.0.as_ref().expect("not taken yet")
-    }
-}
-
-impl Drop for Guard {
-    fn drop(&mut self) {
-        if let Some(mut child) = self.0.take() {
-            let _ = child.kill();
-            let _ = child.wait();
-        }
+        let _ = self.0.kill();
+        let _ = self.0.wait();
     }
 }
 
@@ -529,11 +524,6 @@ fn answer(listener: &OwnedFd, stop: u64) -> Result<(), SandboxError> {
     let done = unsafe { libc::ioctl(listener.as_raw_fd(), SEND, answer.as_mut_ptr()) };
     // It was killed while it was stopped.
     if done == 0 { Ok(()) } else { Err(SandboxError::Refused) }
-}
-
-/// Whether an address is canonical with four levels of page tables.
-fn is_canonical(address: u64) -> bool {
-    (address as i64) << 16 >> 16 == address as i64
 }
 
 /// Whether Linux has enabled RDFSBASE and its like (`HWCAP2_FSGSBASE`).

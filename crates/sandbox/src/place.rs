@@ -42,11 +42,11 @@ impl Place {
         }
         let cpu = match &self.kept {
             Some((cpu, _)) => *cpu,
-            None => self.keep(),
+            None => self.keep(sched_getaffinity(None).unwrap_or_else(|_| only(0))),
         };
         if sandbox.cpu != Some(cpu) {
             sandbox.cpu = Some(cpu);
-            for thread in [sandbox.child.id(), sandbox.thread] {
+            for thread in [sandbox.child.0.id(), sandbox.thread] {
                 run_on(Pid::from_raw(thread as i32), &only(cpu));
             }
         }
@@ -60,8 +60,8 @@ impl Place {
         self.looked = None;
     }
 
-    fn keep(&mut self) -> usize {
-        let before = sched_getaffinity(None).unwrap_or_else(|_| only(0));
+    /// Stays on the CPU of the moment, until [`Place::leave`] gives back what was before.
+    fn keep(&mut self, before: CpuSet) -> usize {
         let cpu = sched_getcpu();
         run_on(None, &only(cpu));
         self.kept = Some((cpu, before));
@@ -76,9 +76,7 @@ impl Place {
         if others.count() > 0 {
             run_on(None, &others);
         }
-        let now = sched_getcpu();
-        run_on(None, &only(now));
-        self.kept = Some((now, before));
+        self.keep(before);
     }
 
     /// Whether the threads have waited for their CPU for a quarter of the time.
@@ -88,7 +86,7 @@ impl Place {
         if self.looked.is_some_and(|look| now - look.at < PERIOD) {
             return false;
         }
-        let waited = waited("thread-self") + waited(&format!("{}/task/{thread}", sandbox.child.id()));
+        let waited = waited("thread-self") + waited(&format!("{}/task/{thread}", sandbox.child.0.id()));
         let before = self.looked.replace(Look { at: now, thread, waited });
         before.is_some_and(|look| {
             let fresh = look.thread == thread && now - look.at < 4 * PERIOD;

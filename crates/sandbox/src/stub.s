@@ -1,4 +1,4 @@
-// See stub.rs. Registers of the first thread: R14 orders, EBX number of the last order.
+// See stub.rs. R14: the orders; EBX: number of the last order; R15D: 1 in the thread of user code.
 
 .globl ruse_stub_start, ruse_stub_trap, ruse_stub_stop, ruse_stub_return, ruse_stub_end
 .hidden ruse_stub_start, ruse_stub_trap, ruse_stub_stop, ruse_stub_return, ruse_stub_end
@@ -27,6 +27,7 @@ ruse_stub_start:
     cmp eax, [r14 + {parent}]
     jne 9f
     xor ebx, ebx
+    xor r15d, r15d
 
     // Waits for an order.
 2:  mov eax, [r14 + {number}]
@@ -45,7 +46,7 @@ ruse_stub_start:
     mov r12d, [r14 + {count}]
     lea r13, [r14 + {calls}]
 4:  test r12d, r12d
-    je 8f
+    je 6f
     mov rdi, [r13 + {args}]
     mov rsi, [r13 + {args} + 8]
     mov rdx, [r13 + {args} + 16]
@@ -58,34 +59,24 @@ ruse_stub_start:
     js 9f
     cmp qword ptr [r13], {clone}
     jne 5f
+    // The calls behind a clone are the new thread's.
     test rax, rax
     jne 2b
-    jmp 6f
+    mov r15d, 1
 5:  add r13, {call_size}
     dec r12d
     jmp 4b
-8:  lea rdi, [rip + ruse_stub_start + {code_size} + {orders_size} + {done}]
+
+    // The first thread says that it has done so, the new one traps.
+6:  test r15d, r15d
+    jne 7f
+    lea rdi, [rip + ruse_stub_start + {code_size} + {orders_size} + {done}]
     mov [rdi], ebx
     mov esi, {futex_wake}
     mov edx, 1
     mov eax, {futex}
     syscall
     jmp 2b
-
-    // The calls behind a clone are the new thread's, which then traps.
-6:  add r13, {call_size}
-    dec r12d
-    je 7f
-    mov rdi, [r13 + {args}]
-    mov rsi, [r13 + {args} + 8]
-    mov rdx, [r13 + {args} + 16]
-    mov r10, [r13 + {args} + 24]
-    mov r8, [r13 + {args} + 32]
-    mov rax, [r13]
-    syscall
-    test rax, rax
-    jns 6b
-    jmp 9f
 7:  ud2
 
 9:  mov edi, 1

@@ -1,7 +1,6 @@
 //! What this host offers to a machine, and which engine `auto` takes.
 
 use std::fs;
-use std::os::fd::AsFd;
 
 use rustix::fs::MemfdFlags;
 use rustix::process::{Resource, getrlimit};
@@ -9,7 +8,7 @@ use serde::Serialize;
 
 use ruse_kvm::KvmEngine;
 use ruse_kvm::probe::{Speed, measure};
-use ruse_sandbox::{Sandbox, SandboxError};
+use ruse_sandbox::Sandbox;
 
 use crate::config::{Accel, MachineConfig};
 use crate::host::{HostCpu, host_memory};
@@ -172,7 +171,7 @@ impl HostReport {
             auto: kvm.choice(),
             kvm,
             executable_memory: probe_executable_memory().map_err(|error| error.to_string()),
-            direct_execution: probe_direct_execution().map_err(|error| error.to_string()),
+            direct_execution: Sandbox::probe().map_err(|error| error.to_string()),
             limits: Limits::detect(),
             perf_event_paranoid: read_number("/proc/sys/kernel/perf_event_paranoid"),
         }
@@ -207,13 +206,6 @@ fn probe_executable_memory() -> Result<(), rustix::io::Errno> {
             mmap(std::ptr::null_mut(), LEN, ProtFlags::READ | ProtFlags::EXEC, MapFlags::SHARED, &file, 0)?;
         munmap(page, LEN)
     }
-}
-
-/// Makes such a process.
-fn probe_direct_execution() -> Result<(), SandboxError> {
-    let file =
-        rustix::fs::memfd_create("probe", MemfdFlags::CLOEXEC).map_err(|e| SandboxError::Start(e.into()))?;
-    Sandbox::new(file.as_fd()).map(drop)
 }
 
 #[cfg(test)]

@@ -13,7 +13,6 @@ pub fn engine_for(config: &MachineConfig, choice: &Choice) -> Result<Box<dyn Eng
         Accel::Kvm => Box::new(KvmEngine::open()?),
         Accel::Dbt | Accel::Auto => {
             let direct = match config.direct {
-                _ if config.tier == Some(0) || config.check => DirectMode::Off,
                 Direct::Auto => DirectMode::Auto,
                 Direct::Always => DirectMode::Always,
                 Direct::Off => DirectMode::Off,

@@ -19,10 +19,11 @@ use std::sync::{
 
 use ruse_sandbox::{Kicker, Sandbox, SandboxError};
 
+use self::space::Followed;
 pub use self::{
     policy::Policy,
     registers::{can_run, load, store},
-    space::{Followed, Resolved, Space},
+    space::{Space, Unresolved},
 };
 use crate::cpu::Cpu;
 

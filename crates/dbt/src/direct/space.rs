@@ -23,12 +23,10 @@ const MOST_AROUND: u64 = 512 * PAGE;
 /// Mappings at most. Linux allows a process 65530 (`vm.max_map_count`), and needs some while it changes them.
 const MOST_RUNS: usize = 50_000;
 
-/// What becomes of a page fault of user code that runs directly.
+/// Why no page was mapped for a page fault of user code that runs directly.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Resolved {
-    /// The page is mapped now.
-    Mapped,
-    /// It is the guest's: the error code.
+pub enum Unresolved {
+    /// The fault is the guest's: the error code.
     Fault(u32),
     /// The instruction has to be executed by other means: a device, a page that cannot be mapped.
     Elsewhere,
@@ -125,8 +123,7 @@ impl Space {
 
     /// Whether one of the guest's pages lies where the sandbox itself does.
     fn hides_pages(&self, cpu: &mut Cpu) -> bool {
-        let mode = cpu.paging;
-        self.sandbox.own_pages().step_by(PAGE as usize).any(|va| cpu.mmu.look(&mode, va).is_some())
+        self.sandbox.own_pages().step_by(PAGE as usize).any(|va| look(cpu, va).is_some())
     }
 
     /// Compares all mappings with the page tables, and takes the right to write from all pages if it is to go.
@@ -147,14 +144,13 @@ impl Space {
 
     /// Compares the mappings of a range with the page tables.
     fn check(&mut self, cpu: &mut Cpu, from: u64, size: u64) {
-        let mode = cpu.paging;
         let to = from.saturating_add(size);
         let mut changed = Vec::new();
         for run in self.mappings.within(from, size) {
             let (mut va, end) = (run.va.max(from), (run.va + run.size).min(to));
             while va < end {
                 let gpa = run.gpa + (va - run.va);
-                let found = cpu.mmu.look(&mode, va).filter(|found| found.gpa == gpa);
+                let found = look(cpu, va).filter(|found| found.gpa == gpa);
                 let page = found
                     .map_or(PAGE, |found| (1 << found.page_shift) - (va & ((1 << found.page_shift) - 1)));
                 let size = page.min(end - va);
@@ -201,8 +197,7 @@ impl Space {
     pub fn look_through(&mut self, cpu: &mut Cpu, va: u64, gpa: u64, roots: Vec<u16>) {
         let (va, gpa) = (va & !(PAGE - 1), gpa & !(PAGE - 1));
         let Some(mut page) = code(cpu, va, gpa) else { return };
-        let rights = Rights { write: false, execute: true };
-        let run = Run { va, size: PAGE, gpa, rights, copied: false };
+        let run = page_run(va, gpa, Rights { write: false, execute: true });
         match scan::look(&page, roots) {
             Verdict::Unknown => return,
             Verdict::Clean => self.map(run),
@@ -233,82 +228,70 @@ impl Space {
         }
     }
 
-    /// Sees to a page fault at `va`.
-    pub fn resolve(&mut self, cpu: &mut Cpu, va: u64, access: Access) -> Resolved {
+    /// Maps the page of a page fault at `va`, if it is not the guest's fault.
+    pub fn resolve(&mut self, cpu: &mut Cpu, va: u64, access: Access) -> Result<(), Unresolved> {
         let page = va & !(PAGE - 1);
         if !self.sandbox.can_map(page, PAGE) {
-            return Resolved::Elsewhere;
+            return Err(Unresolved::Elsewhere);
         }
         let mode = cpu.paging;
-        let who = Privilege { user: true, ac: false };
-        let found = match cpu.mmu.walk(&mode, va, access, who) {
-            Ok(found) => Translation { writable: found.writable && found.dirty, ..found },
-            Err(error) => {
+        let found =
+            cpu.mmu.walk(&mode, va, access, Privilege { user: true, ac: false }).map_err(|error| {
                 self.awaited = Some(page);
-                return Resolved::Fault(error);
-            }
-        };
-        if cpu.mmu.host_page(found.gpa).is_none() {
-            return Resolved::Elsewhere;
-        }
+                Unresolved::Fault(error)
+            })?;
+        let found = Translation { writable: found.writable && found.dirty, ..found };
+        let run = self.page(cpu, page, &found, access).ok_or(Unresolved::Elsewhere)?;
         if self.mappings.len() > MOST_RUNS {
             self.mappings.clear();
             self.sandbox.clear();
         }
-        let rights = self.rights(cpu, page, &found, access);
         match access {
-            Access::Write if !rights.write && cpu.mmu.writable_page(found.gpa).is_none() => {
-                return Resolved::Elsewhere;
+            Access::Write if !run.rights.write && cpu.mmu.writable_page(found.gpa).is_none() => {
+                return Err(Unresolved::Elsewhere);
             }
-            Access::Write if !rights.write => return Resolved::Code(found.gpa),
-            Access::Fetch if !rights.execute => {
-                let times = self.avoided.entry(page).or_default();
-                *times += 1;
-                // What is known of the page grows.
-                return if times.is_power_of_two() {
-                    Resolved::Suspicious(found.gpa)
-                } else {
-                    Resolved::Detour
-                };
-            }
+            Access::Write if !run.rights.write => return Err(Unresolved::Code(found.gpa)),
+            Access::Fetch if !run.rights.execute => return Err(self.avoid(cpu, page, found.gpa)),
             _ => {}
         }
         cpu.counters.direct.mapped += 1;
-        self.map_around(
-            cpu,
-            Run { va: page, size: PAGE, gpa: found.gpa & !(PAGE - 1), rights, copied: false },
-        );
-        Resolved::Mapped
+        self.map_around(cpu, run);
+        Ok(())
     }
 
-    /// What user code may do directly with a page.
-    fn rights(&mut self, cpu: &mut Cpu, page: u64, found: &Translation, access: Access) -> Rights {
+    /// Code of a page should have run. What is known of the page grows, so that it is looked through now and then.
+    fn avoid(&mut self, cpu: &mut Cpu, page: u64, gpa: u64) -> Unresolved {
+        let times = self.avoided.entry(page).or_default();
+        *times += 1;
+        if times.is_power_of_two() {
+            return Unresolved::Suspicious(gpa);
+        }
+        cpu.counters.direct.detours += 1;
+        Unresolved::Detour
+    }
+
+    /// A page and what user code may do directly with it. `None` where there is no RAM.
+    fn page(&mut self, cpu: &mut Cpu, va: u64, found: &Translation, access: Access) -> Option<Run> {
+        cpu.mmu.host_page(found.gpa)?;
         self.largest = self.largest.max(1 << found.page_shift);
         let clean = |code: Page| !scan::is_suspicious(&code);
-        let execute = found.executable && code(cpu, page, found.gpa).is_some_and(clean);
+        let execute = found.executable && code(cpu, va, found.gpa).is_some_and(clean);
         let write = found.writable && cpu.mmu.may_write(found.gpa, access == Access::Write);
-        Rights { write, execute }
+        Some(page_run(va, found.gpa, Rights { write, execute }))
     }
 
     /// Maps the page at which the guest had a fault, if it is there now.
     pub fn map_awaited(&mut self, cpu: &mut Cpu) {
-        let Some(page) = self.awaited.take() else { return };
-        let mode = cpu.paging;
-        if let Some(found) = cpu.mmu.look(&mode, page)
-            && cpu.mmu.host_page(found.gpa).is_some()
-        {
-            let access = if found.writable { Access::Write } else { Access::Read };
-            let rights = self.rights(cpu, page, &found, access);
-            self.map_around(
-                cpu,
-                Run { va: page, size: PAGE, gpa: found.gpa & !(PAGE - 1), rights, copied: false },
-            );
+        let Some(va) = self.awaited.take() else { return };
+        let Some(found) = look(cpu, va) else { return };
+        let access = if found.writable { Access::Write } else { Access::Read };
+        if let Some(run) = self.page(cpu, va, &found, access) {
+            self.map_around(cpu, run);
         }
     }
 
     /// Maps a page, and those around it that the guest uses and that are not mapped yet.
     fn map_around(&mut self, cpu: &mut Cpu, touched: Run) {
-        let mode = cpu.paging;
         let (before, size) = self.block;
         let grown = (2 * size).min(MOST_AROUND);
         let near = touched.va.wrapping_sub(before.wrapping_sub(grown)) < 2 * grown + size;
@@ -317,19 +300,8 @@ impl Space {
         self.block = (first, size);
         let mut runs: Vec<Run> = Vec::new();
         for va in (first..first + size).step_by(PAGE as usize) {
-            let run = if va == touched.va {
-                touched
-            } else {
-                if self.mappings.at(va).is_some() || !self.sandbox.can_map(va, PAGE) {
-                    continue;
-                }
-                let Some(found) = cpu.mmu.look(&mode, va) else { continue };
-                if cpu.mmu.host_page(found.gpa).is_none() {
-                    continue;
-                }
-                let rights = self.rights(cpu, va, &found, Access::Read);
-                Run { va, size: PAGE, gpa: found.gpa, rights, copied: false }
-            };
+            let run = if va == touched.va { Some(touched) } else { self.unmapped(cpu, va) };
+            let Some(run) = run else { continue };
             match runs.last_mut() {
                 Some(last) if last.leads_to(&run) => last.size += PAGE,
                 _ => runs.push(run),
@@ -338,6 +310,26 @@ impl Space {
         cpu.counters.direct.maps += runs.len() as u64;
         runs.into_iter().for_each(|run| self.map(run));
     }
+
+    /// A page that the guest uses, if it can be mapped and is not yet.
+    fn unmapped(&mut self, cpu: &mut Cpu, va: u64) -> Option<Run> {
+        if self.mappings.at(va).is_some() || !self.sandbox.can_map(va, PAGE) {
+            return None;
+        }
+        let found = look(cpu, va)?;
+        self.page(cpu, va, &found, Access::Read)
+    }
+}
+
+/// See [`crate::mmu::Mmu::look`].
+fn look(cpu: &mut Cpu, va: u64) -> Option<Translation> {
+    let mode = cpu.paging;
+    cpu.mmu.look(&mode, va)
+}
+
+/// A run of the one page at `va`.
+fn page_run(va: u64, gpa: u64, rights: Rights) -> Run {
+    Run { va, size: PAGE, gpa: gpa & !(PAGE - 1), rights, copied: false }
 }
 
 /// Puts together what becomes of pages that lie one behind the other.
@@ -363,8 +355,7 @@ fn code(cpu: &mut Cpu, va: u64, gpa: u64) -> Option<Page> {
     // What is not known behind the page could be anything: a 0F at its end counts.
     let mut page = [0xa2; scan::PAGE + scan::LONGEST];
     load(cpu.mmu.host_page(gpa)?, &mut page[..scan::PAGE]);
-    let mode = cpu.paging;
-    let next = cpu.mmu.look(&mode, va + PAGE).and_then(|next| cpu.mmu.host_page(next.gpa));
+    let next = look(cpu, va + PAGE).and_then(|next| cpu.mmu.host_page(next.gpa));
     if let Some(next) = next {
         load(next, &mut page[scan::PAGE..]);
     }

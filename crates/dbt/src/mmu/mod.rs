@@ -341,16 +341,10 @@ impl Mmu {
     ) -> Result<(Translation, Option<*mut u8>), u32> {
         let found = self.walk(mode, va, access, who)?;
         let Some(region) = self.region(found.gpa) else { return Ok((found, None)) };
-        let (page, writable) = (page_in(region, found.gpa), !region.read_only);
+        let page = page_in(region, found.gpa);
         let read = found.allows(mode, Access::Read, who);
-        let mut may_write = writable && found.dirty && found.allows(mode, Access::Write, who);
-        if self.code.is_logging() {
-            may_write &= access == Access::Write;
-            if may_write {
-                self.note_write(found.gpa);
-            }
-        }
-        let write = may_write && self.code.allow_writes(found.gpa, self.id);
+        let allowed = found.dirty && found.allows(mode, Access::Write, who);
+        let write = allowed && self.may_write(found.gpa, access == Access::Write);
         let exec = access == Access::Fetch;
         if exec {
             self.jump_view_of(who.user).note_code(va, found.page_shift, found.global);
@@ -382,10 +376,11 @@ impl Mmu {
         self.spaces[self.current].pcid
     }
 
-    /// The page of RAM may be written directly from now on, by what is told of [`Change::Writer`]; `false` if it may not,
-    /// because there is code on it or it is read-only.
+    /// The page of RAM may be written directly from now on, by who loses that right again when there is code to be on it;
+    /// `false` if it may not, because there is code or it is read-only. While writes are logged, it may only if one
+    /// is made now (`written`).
     pub fn may_write(&self, gpa: u64, written: bool) -> bool {
-        if self.writable_page(gpa).is_none() || !self.code.allow_writes(gpa, self.id) {
+        if self.writable_page(gpa).is_none() {
             return false;
         }
         if self.code.is_logging() {
@@ -394,7 +389,7 @@ impl Mmu {
             }
             self.note_write(gpa);
         }
-        true
+        self.code.allow_writes(gpa, self.id)
     }
 
     /// For the dirty log: the page may be written from now on.

@@ -36,7 +36,7 @@ pub struct DbtOptions {
     /// Looks through all the code that it makes ([`crate::backend::x86_64::audit`]), and panics where that reaches more
     /// than it may: for tests.
     pub audit: bool,
-    /// When user code is executed directly.
+    /// When user code is executed directly: never where only tier 0 executes, or both do.
     pub direct: DirectMode,
 }
 

@@ -13,7 +13,7 @@ use ruse_sandbox::{Place, SandboxError, Trap};
 use super::vcpu::DbtVcpu;
 use crate::{
     cpu::{Cpu, Who, request},
-    direct::{self, Pool, Resolved},
+    direct::{self, Pool, Unresolved},
     mmu::watch::Peer,
     tier0,
 };
@@ -43,19 +43,13 @@ impl Direct {
     }
 }
 
-/// How a stay in user code ended.
+/// How a stay in user code ended. The registers are the guest's again.
 enum Stay {
-    /// By a trap; the registers are the guest's again.
+    /// By a trap.
     Trap(Trap),
-    /// By a page fault of the guest's.
-    Fault(u64, u32),
-    /// By an instruction that is to be executed by other means.
-    Elsewhere,
-    /// By a write to this page with translated code.
-    Code(u64),
-    /// By a fetch from this address, whose page of RAM has to be looked through.
-    Suspicious(u64, u64),
-    /// Nothing more: requests have arrived, or code that is not to run directly.
+    /// By a page fault at an address, for which nothing could be mapped.
+    Fault(u64, Unresolved),
+    /// Requests have arrived, or nothing is known of the address space.
     Pause,
 }
 
@@ -69,15 +63,18 @@ impl DbtVcpu {
         let cpu = &mut *self.cpu;
         match stay {
             Stay::Pause | Stay::Trap(Trap::Kicked) => Ok(()),
-            Stay::Fault(address, error) => Err(Exception::pf(address, error)),
-            Stay::Code(gpa) => {
+            Stay::Fault(address, Unresolved::Fault(error)) => Err(Exception::pf(address, error)),
+            Stay::Fault(_, Unresolved::Code(gpa)) => {
                 self.forget_code(gpa);
                 tier0::step(&mut self.cpu)
             }
-            Stay::Suspicious(va, gpa) => {
+            Stay::Fault(va, Unresolved::Suspicious(gpa)) => {
                 self.look_through(va, gpa);
                 Ok(())
             }
+            // Unless it is an instruction that only ends on the page that is avoided.
+            Stay::Fault(va, Unresolved::Detour) if cpu.rip ^ va <= 0xfff => Ok(()),
+            Stay::Fault(_, Unresolved::Elsewhere | Unresolved::Detour) => tier0::step(cpu),
             Stay::Trap(Trap::SystemCall) => {
                 cpu.rip = cpu.rip.wrapping_sub(CALL);
                 tier0::step_known(cpu, Mnemonic::Syscall, CALL, tier0::system_call)
@@ -96,7 +93,7 @@ impl DbtVcpu {
                 cpu.rip = cpu.rip.wrapping_sub(if short { 1 } else { CALL });
                 tier0::step(cpu)
             }
-            Stay::Elsewhere | Stay::Trap(_) => tier0::step(cpu),
+            Stay::Trap(_) => tier0::step(cpu),
         }
     }
 
@@ -165,25 +162,15 @@ fn stay(direct: &mut Direct, cpu: &mut Cpu, peer: &Peer) -> Result<Stay, Sandbox
         shared.direct.end();
         let trap = trap.inspect_err(|_| direct::load(cpu, &space.sandbox))?;
         count(cpu, trap);
-        let Trap::PageFault { address, error } = trap else {
-            direct::load(cpu, &space.sandbox);
-            return Ok(Stay::Trap(trap));
-        };
-        let end = match space.resolve(cpu, address, access(error)) {
-            Resolved::Mapped => continue,
-            Resolved::Fault(error) => Stay::Fault(address, error),
-            Resolved::Elsewhere => Stay::Elsewhere,
-            Resolved::Code(gpa) => Stay::Code(gpa),
-            Resolved::Suspicious(gpa) => Stay::Suspicious(address, gpa),
-            Resolved::Detour => {
-                cpu.counters.direct.detours += 1;
-                Stay::Pause
-            }
+        let end = match trap {
+            Trap::PageFault { address, error } => match space.resolve(cpu, address, access(error)) {
+                Ok(()) => continue,
+                Err(why) => Stay::Fault(address, why),
+            },
+            trap => Stay::Trap(trap),
         };
         direct::load(cpu, &space.sandbox);
-        // An instruction that only ends on the page that is avoided.
-        let ends_there = matches!(end, Stay::Pause) && cpu.rip ^ address > 0xfff;
-        return Ok(if ends_there { Stay::Elsewhere } else { end });
+        return Ok(end);
     }
 }
 

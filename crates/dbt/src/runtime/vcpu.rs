@@ -20,7 +20,7 @@ use super::{
 use crate::{
     backend::x86_64::{exit, thunks::Calls},
     cpu::{Cpu, CpuBox, Who, request},
-    direct::Policy,
+    direct::{DirectMode, Policy},
     frontend::x86_64::{CodeMode, Lifter, Piece},
     ir::Region,
     mmu::{
@@ -82,7 +82,8 @@ impl DbtVcpu {
             blocks.audit();
         }
         cpu.update_mode();
-        cpu.direct = Policy::new(options.direct, cpu.clock.tsc_hz());
+        let direct = if options.check || options.tier == Some(0) { DirectMode::Off } else { options.direct };
+        cpu.direct = Policy::new(direct, cpu.clock.tsc_hz());
         Ok(Self {
             cpu,
             blocks,
