@@ -9,7 +9,7 @@ use ruse_arch::msr;
 use ruse_devices::fabric::Msi;
 
 use self::board::Board;
-use crate::input::{byte, number, one_in, pick};
+use crate::input::{byte, number, one_in, pick, steps};
 
 /// Accesses of one input at most.
 const MOST_STEPS: usize = 2000;
@@ -19,13 +19,10 @@ pub(crate) fn run(data: &[u8]) {
     let u = &mut Unstructured::new(data);
     let cpus = u32::from(byte(u) % 8);
     let mut board = Board::new((cpus > 0).then_some(cpus));
-    for _ in 0..MOST_STEPS {
-        if u.is_empty() {
-            break;
-        }
+    steps(u, MOST_STEPS, |u| {
         step(&mut board, u);
         board.check();
-    }
+    });
 }
 
 fn step(board: &mut Board, u: &mut Unstructured) {

@@ -77,3 +77,13 @@ fn change(u: &mut Unstructured, file: &mut Vec<u8>) {
         }
     }
 }
+
+/// Makes so many steps at most, as long as there is input.
+pub(crate) fn steps(u: &mut Unstructured, most: usize, mut step: impl FnMut(&mut Unstructured)) {
+    for _ in 0..most {
+        if u.is_empty() {
+            break;
+        }
+        step(u);
+    }
+}

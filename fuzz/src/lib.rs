@@ -5,15 +5,20 @@
 //! likes. What is found gets a test of its own in the crate at fault. `docs/testing.md` says how to run all this.
 
 mod bus;
+mod control;
 mod devices;
+mod fs;
+mod images;
 mod input;
 mod loader;
+mod network;
 mod options;
 mod packages;
 mod scan;
 mod tier0;
 mod translator;
 mod vcpu;
+mod vhost;
 mod virtio;
 
 /// A fuzz target.
@@ -34,8 +39,13 @@ pub const TARGETS: &[Target] = &[
     Target { name: "translator", run: translator::run, len: 256, cases: 3000 },
     Target { name: "devices", run: devices::run, len: 2048, cases: 4000 },
     Target { name: "scan", run: scan::run, len: 512, cases: 1500 },
-    Target { name: "virtio", run: virtio::run, len: 1024, cases: 8000 },
+    Target { name: "fs", run: fs::run, len: 1024, cases: 2000 },
+    Target { name: "virtio", run: virtio::run, len: 1024, cases: 4000 },
+    Target { name: "vhost", run: vhost::run, len: 256, cases: 1500 },
+    Target { name: "network", run: network::run, len: 1024, cases: 2000 },
     Target { name: "loader", run: loader::run, len: 256, cases: 2000 },
+    Target { name: "images", run: images::run, len: 256, cases: 1000 },
     Target { name: "packages", run: packages::run, len: 256, cases: 400 },
+    Target { name: "control", run: control::run, len: 64, cases: 50_000 },
     Target { name: "options", run: options::run, len: 96, cases: 50_000 },
 ];

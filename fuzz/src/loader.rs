@@ -5,6 +5,7 @@ use std::ops::Range;
 use std::sync::LazyLock;
 
 use arbitrary::Unstructured;
+use ruse_loader::acpi::VirtioMmioPlace;
 use ruse_loader::{AcpiConfig, EntryChoice, Image, LoadRequest, Loaded, Module, load, test_images};
 use ruse_memory::GuestRam;
 
@@ -60,6 +61,8 @@ fn acpi(u: &mut Unstructured) -> AcpiConfig {
     let mut config = AcpiConfig::new(u32::from(byte(u) % 70));
     config.ecam = one_in(u, 2);
     config.pci = one_in(u, 2);
+    let place = VirtioMmioPlace { base: number(u) as u32, size: number(u) as u32, gsi: number(u) as u32 };
+    config.virtio = vec![place; usize::from(byte(u))];
     config.vga = one_in(u, 2);
     config.i8042 = one_in(u, 2);
     if one_in(u, 2) {

@@ -57,4 +57,4 @@ macro_rules! targets {
     };
 }
 
-targets!(tier0 translator scan devices virtio loader packages options);
+targets!(tier0 translator scan devices fs virtio vhost network loader images packages control options);

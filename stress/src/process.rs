@@ -9,8 +9,8 @@ use ruse_random::Random;
 use crate::memory::Shared;
 use crate::name::Name;
 
-/// Seconds after which a program counts as one that does not end.
-const PATIENCE: u32 = 240;
+/// Seconds after which a program counts as one that does not end. On a busy host a guest's seconds are short.
+const PATIENCE: u32 = 1200;
 /// Exit status of a program that has found something wrong and said so.
 const WRONG: i32 = 101;
 

@@ -1,7 +1,8 @@
-//! Chores of the project: `cargo xtask bench`, `fuzz`, `lab`, `loads`, `monitors` and `stress`.
+//! Chores of the project: `cargo xtask bench`, `fuzz`, `io`, `lab`, `loads`, `monitors` and `stress`.
 
 mod bench;
 mod fuzz;
+mod io;
 mod lab;
 mod loads;
 mod monitors;
@@ -29,6 +30,8 @@ enum Chore {
     Bench(bench::Options),
     /// Runs the fuzz targets with inputs that libFuzzer mutates by coverage.
     Fuzz(fuzz::Options),
+    /// Compares disks, networks and shared folders under Ruse and under QEMU.
+    Io(io::Options),
     /// Runs tests of the KVM engine on hardware virtualization that QEMU emulates.
     Lab(lab::Options),
     /// Runs programs of Debian's packages natively and in guests, and compares what they write and their times.
@@ -43,6 +46,7 @@ fn main() -> ExitCode {
     let done = match Arguments::parse().chore {
         Chore::Bench(options) => bench::run(&options),
         Chore::Fuzz(options) => fuzz::run(&options),
+        Chore::Io(options) => io::run(&options),
         Chore::Lab(options) => lab::run(&options),
         Chore::Loads(options) => loads::run(&options),
         Chore::Monitors(options) => monitors::run(&options),

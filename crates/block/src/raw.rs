@@ -1,82 +1,39 @@
 //! A file or a block device whose bytes are the disk's.
 
-use std::fs::{File, OpenOptions};
-use std::io::{self, Seek, SeekFrom};
-use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::io;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use rustix::fs::{FallocateFlags, FlockOperation, fallocate, flock};
-use rustix::io::Errno;
+use crate::file::HostFile;
+use crate::image::{Image, ImageInfo, ResizeError};
+use crate::vectors::Way;
+use crate::{Disk, DiskError, Extent, Format, Place, Slice};
 
-use crate::vectors::{Way, transfer};
-use crate::{Disk, DiskError, Slice};
-
-/// Bytes of zeros that are written at once where the file system has no other way.
-const ZEROS: usize = 64 << 10;
 /// The least that a guest can use.
 const SECTOR: u64 = 512;
 
 /// A disk in a file.
 #[derive(Debug)]
 pub struct RawDisk {
-    file: File,
+    file: HostFile,
     size: AtomicU64,
-    read_only: bool,
 }
 
 impl RawDisk {
     /// Opens a file or block device. One that is written is nobody else's meanwhile; several may read one.
     pub fn open(path: &Path, read_only: bool) -> Result<Self, DiskError> {
-        let failed = |source| DiskError::Open { path: path.to_owned(), source };
-        // Opening a pipe would wait for its other end.
-        let file = OpenOptions::new()
-            .read(true)
-            .write(!read_only)
-            .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC)
-            .open(path)
-            .map_err(failed)?;
-        let kind = file.metadata().map_err(failed)?.file_type();
-        if !kind.is_file() && !kind.is_block_device() {
-            return Err(DiskError::Kind(path.to_owned()));
-        }
-        let lock = if read_only {
-            FlockOperation::NonBlockingLockShared
-        } else {
-            FlockOperation::NonBlockingLockExclusive
-        };
-        match flock(&file, lock) {
-            Ok(()) => {}
-            Err(Errno::WOULDBLOCK) => return Err(DiskError::InUse(path.to_owned())),
-            Err(error) => tracing::warn!(%error, path = %path.display(), "the file system has no locks"),
-        }
-        let disk = Self { file, size: AtomicU64::new(0), read_only };
-        match disk.refresh_size().map_err(failed)? {
+        let disk = Self::new(HostFile::open(path, read_only)?)?;
+        match disk.size() {
             0..SECTOR => Err(DiskError::Empty(path.to_owned())),
             _ => Ok(disk),
         }
     }
 
-    /// Frees the storage of a range, which then reads as zeros.
-    fn punch(&self, offset: u64, len: u64) -> rustix::io::Result<()> {
-        fallocate(&self.file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, offset, len)
+    /// All of a file.
+    pub(crate) fn new(file: HostFile) -> Result<Self, DiskError> {
+        let size = file.size().map_err(|source| DiskError::Open { path: file.path().to_owned(), source })?;
+        Ok(Self { file, size: AtomicU64::new(size) })
     }
-
-    fn write_plain_zeros(&self, offset: u64, len: u64) -> io::Result<()> {
-        let zeros = vec![0; ZEROS.min(len as usize)];
-        let (mut at, end) = (offset, offset + len);
-        while at < end {
-            let now = (end - at).min(zeros.len() as u64);
-            self.file.write_all_at(&zeros[..now as usize], at)?;
-            at += now;
-        }
-        Ok(())
-    }
-}
-
-/// The file system has no such operation.
-fn is_unsupported(error: Errno) -> bool {
-    matches!(error, Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL | Errno::NODEV)
 }
 
 impl Disk for RawDisk {
@@ -85,47 +42,54 @@ impl Disk for RawDisk {
     }
 
     fn is_read_only(&self) -> bool {
-        self.read_only
+        self.file.is_read_only()
     }
 
     fn refresh_size(&self) -> io::Result<u64> {
-        // The size of a block device is only where its end is.
-        let size = (&self.file).seek(SeekFrom::End(0))?;
+        let size = self.file.size()?;
         self.size.store(size, Ordering::Relaxed);
         Ok(size)
     }
 
     fn read(&self, offset: u64, to: &[Slice]) -> io::Result<()> {
-        transfer(&self.file, Way::Read, offset, to)
+        self.file.transfer(Way::Read, offset, to)
     }
 
     fn write(&self, offset: u64, from: &[Slice]) -> io::Result<()> {
-        transfer(&self.file, Way::Write, offset, from)
+        self.file.transfer(Way::Write, offset, from)
     }
 
     fn flush(&self) -> io::Result<()> {
-        self.file.sync_data()
+        self.file.sync()
     }
 
     fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
-        match self.punch(offset, len) {
-            Err(error) if !is_unsupported(error) => Err(error.into()),
-            // To keep the bytes is as right.
-            _ => Ok(()),
-        }
+        self.file.discard(offset, len)
     }
 
     fn write_zeroes(&self, offset: u64, len: u64, unmap_allowed: bool) -> io::Result<()> {
-        let zero_range = FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE;
-        let quick = match unmap_allowed {
-            true => self.punch(offset, len),
-            false => fallocate(&self.file, zero_range, offset, len),
-        };
-        match quick {
-            Ok(()) => Ok(()),
-            Err(error) if is_unsupported(error) => self.write_plain_zeros(offset, len),
-            Err(error) => Err(error.into()),
-        }
+        self.file.zero(offset, len, unmap_allowed)
+    }
+
+    fn extent(&self, offset: u64, len: u64) -> io::Result<(Extent, u64)> {
+        let (data, len) = self.file.data_or_hole(offset, len)?;
+        Ok((if data { Extent::Data } else { Extent::Zero }, len))
+    }
+
+    fn place(&self, way: Way, offset: u64, _len: u64) -> io::Result<Option<Place<'_>>> {
+        Ok(self.file.place(way, offset))
+    }
+}
+
+impl Image for RawDisk {
+    fn info(&self) -> io::Result<ImageInfo> {
+        ImageInfo::new(Format::Raw, self.size(), &self.file)
+    }
+
+    fn resize(&self, size: u64) -> Result<(), ResizeError> {
+        self.file.set_size(size)?;
+        self.refresh_size()?;
+        Ok(())
     }
 }
 
@@ -187,7 +151,7 @@ mod tests {
         disk.discard(0, 1 << 20).unwrap();
         assert!(file.as_file().metadata().unwrap().blocks() < blocks);
         write(&disk, 0, vec![7; 100_000]).unwrap();
-        disk.write_plain_zeros(10, 99_000).unwrap();
+        disk.file.write_plain_zeros(10, 99_000).unwrap();
         assert_eq!(read(&disk, 0, 99_011).iter().map(|&b| u32::from(b)).sum::<u32>(), 77);
         assert_eq!(disk.refresh_size().unwrap(), 1 << 20);
     }

@@ -1,17 +1,16 @@
-//! Vectored reads and writes of files from and to memory that is shared.
+//! Bytes between files and memory that is shared.
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use ruse_memory::vectored::{self, MOST, iovecs};
 
 use crate::Slice;
 
-/// Most vectors of one call (IOV_MAX).
-const MOST: usize = 1024;
-
 /// Which way bytes go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Way {
+pub enum Way {
     /// From the file.
     Read,
     /// To the file.
@@ -21,69 +20,76 @@ pub(crate) enum Way {
 /// Moves all bytes of `slices`, from or to `offset` of the file on. A file that ends early reads as zeros behind its end:
 /// someone else has cut it.
 pub(crate) fn transfer(file: &File, way: Way, offset: u64, slices: &[Slice]) -> io::Result<()> {
-    let mut vectors: Vec<libc::iovec> = slices
-        .iter()
-        .filter(|slice| !slice.is_empty())
-        .map(|slice| libc::iovec { iov_base: slice.ptr_guard_mut().as_ptr().cast(), iov_len: slice.len() })
-        .collect();
-    let (mut rest, mut at) = (&mut vectors[..], offset);
-    while !rest.is_empty() {
-        let moved = call(file, way, at, rest)?;
-        if moved == 0 && way == Way::Write {
-            return Err(io::ErrorKind::WriteZero.into());
+    let (mut done, all) = (0, total(slices));
+    while done < all {
+        let rest = part(slices, done, all - done);
+        let at = offset.checked_add(done).ok_or(io::ErrorKind::InvalidInput)?;
+        let moved = match way {
+            Way::Read => vectored::read_at(file, at, &rest)?,
+            Way::Write => vectored::write_at(file, at, &rest)?,
+        };
+        match (moved, way) {
+            (0, Way::Write) => return Err(io::ErrorKind::WriteZero.into()),
+            (0, Way::Read) => {
+                clear(&rest);
+                return Ok(());
+            }
+            _ => done += moved as u64,
         }
-        if moved == 0 {
-            zero(rest);
-            return Ok(());
-        }
-        at += moved as u64;
-        rest = advance(rest, moved);
     }
     Ok(())
 }
 
-fn call(file: &File, way: Way, offset: u64, vectors: &[libc::iovec]) -> io::Result<usize> {
-    let at = i64::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput)?;
-    let (fd, count) = (file.as_raw_fd(), vectors.len().min(MOST) as i32);
-    loop {
-        let moved = match way {
-            // SAFETY: the vectors were made from slices that are valid for as long as they are borrowed, and nobody
-            // relies on what is in them meanwhile.
-            Way::Read => unsafe { libc::preadv(fd, vectors.as_ptr(), count, at) },
-            // SAFETY: as above.
-            Way::Write => unsafe { libc::pwritev(fd, vectors.as_ptr(), count, at) },
-        };
-        match usize::try_from(moved) {
-            Ok(moved) => return Ok(moved),
-            Err(_) => {
-                let error = io::Error::last_os_error();
-                if error.kind() != io::ErrorKind::Interrupted {
-                    return Err(error);
-                }
-            }
-        }
+/// Reads without waiting for the storage; `false` if not all could be had so, and anything may have been read then.
+pub(crate) fn read_cached(file: BorrowedFd, offset: u64, slices: &[Slice]) -> bool {
+    let vectors = iovecs(slices);
+    let Ok(at) = i64::try_from(offset) else { return false };
+    if vectors.len() > MOST {
+        return false;
     }
+    let (fd, count) = (file.as_raw_fd(), vectors.len() as i32);
+    // SAFETY: the vectors were made from slices that are valid for as long as they are borrowed, and nobody relies on
+    // what is in them meanwhile.
+    let read = unsafe { libc::preadv2(fd, vectors.as_ptr(), count, at, libc::RWF_NOWAIT) };
+    u64::try_from(read) == Ok(total(slices))
 }
 
-/// What is left of vectors after `moved` bytes.
-fn advance(vectors: &mut [libc::iovec], mut moved: usize) -> &mut [libc::iovec] {
-    let mut done = 0;
-    for vector in &mut *vectors {
-        let here = vector.iov_len.min(moved);
-        vector.iov_base = vector.iov_base.wrapping_byte_add(here);
-        vector.iov_len -= here;
-        moved -= here;
-        if vector.iov_len > 0 {
+/// `len` bytes of slices from `skip` on.
+pub(crate) fn part<'a>(slices: &[Slice<'a>], skip: u64, len: u64) -> Vec<Slice<'a>> {
+    let (mut skip, mut left, mut parts) = (skip as usize, len as usize, Vec::new());
+    for slice in slices {
+        let (from, here) = (skip.min(slice.len()), slice.len().saturating_sub(skip).min(left));
+        if here > 0
+            && let Ok(part) = slice.subslice(from, here)
+        {
+            parts.push(part);
+        }
+        (skip, left) = (skip - from, left - here);
+        if left == 0 {
             break;
         }
-        done += 1;
     }
-    &mut vectors[done..]
+    parts
 }
 
-fn zero(vectors: &[libc::iovec]) {
-    for vector in vectors {
-        // SAFETY: as for the call above.
-        unsafe { std::ptr::write_bytes(vector.iov_base.cast::<u8>(), 0, vector.iov_len) };
+/// Bytes of all slices.
+pub(crate) fn total(slices: &[Slice]) -> u64 {
+    slices.iter().map(|slice| slice.len() as u64).sum()
+}
+
+/// Copies bytes into slices, which have no more of them.
+pub(crate) fn fill(slices: &[Slice], mut bytes: &[u8]) {
+    for slice in slices {
+        let (here, rest) = bytes.split_at(slice.len().min(bytes.len()));
+        slice.copy_from(here);
+        bytes = rest;
+    }
+}
+
+/// Makes all bytes of slices zero.
+pub(crate) fn clear(slices: &[Slice]) {
+    for slice in slices {
+        // SAFETY: the slice is valid for as long as it is borrowed, and nobody relies on what is in it meanwhile.
+        unsafe { std::ptr::write_bytes(slice.ptr_guard_mut().as_ptr(), 0, slice.len()) };
     }
 }

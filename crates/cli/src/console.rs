@@ -110,7 +110,8 @@ impl Keyboard {
                 print(&format!("\n{PROMPT}"));
             }
             Key::Help => print(&if prompting { format!("{KEYS}{PROMPT}") } else { KEYS.into() }),
-            Key::Nothing => {}
+            // There is nobody else to leave the machine to.
+            Key::Leave | Key::Nothing => {}
         }
     }
 

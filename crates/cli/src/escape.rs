@@ -14,6 +14,8 @@ pub enum Key {
     Monitor,
     /// Show the list of keys.
     Help,
+    /// Leave the console.
+    Leave,
     /// Nothing (yet).
     Nothing,
 }
@@ -39,6 +41,7 @@ impl EscapeKeys {
             b'x' | b'X' | 0x18 => Key::End,
             b'c' | b'C' | 0x03 => Key::Monitor,
             b'h' | b'H' | b'?' => Key::Help,
+            b'd' | b'D' | 0x04 => Key::Leave,
             ESCAPE | b'a' => Key::Guest(ESCAPE),
             _ => Key::Nothing,
         }
@@ -59,7 +62,7 @@ mod tests {
         use Key::*;
         assert_eq!(keys(b"ax\x03"), [Guest(b'a'), Guest(b'x'), Guest(3)]);
         assert_eq!(keys(b"a\x01xb"), [Guest(b'a'), End, Guest(b'b')]);
-        assert_eq!(keys(b"\x01c\x01h"), [Monitor, Help]);
+        assert_eq!(keys(b"\x01c\x01h\x01d"), [Monitor, Help, Leave]);
         assert_eq!(keys(b"\x01\x01x"), [Guest(1), Guest(b'x')]);
         assert_eq!(keys(b"\x01zx\x01"), [Guest(b'x')], "an unknown key is dropped");
     }

@@ -3,6 +3,8 @@
 use std::fmt::Display;
 use std::io::{self, Write};
 
+use ruse_image::ImageError;
+use ruse_manager::ManagerError;
 use ruse_vmm::MachineError;
 
 /// Exit code of anything that has no code of its own.
@@ -42,6 +44,18 @@ impl Failure {
 impl From<anyhow::Error> for Failure {
     fn from(error: anyhow::Error) -> Self {
         Self::other(format!("{error:#}"))
+    }
+}
+
+impl From<ManagerError> for Failure {
+    fn from(error: ManagerError) -> Self {
+        if error.is_bad_input() { Self::input(error) } else { Self::other(error) }
+    }
+}
+
+impl From<ImageError> for Failure {
+    fn from(error: ImageError) -> Self {
+        if error.is_bad_input() { Self::input(error) } else { Self::other(error) }
     }
 }
 

@@ -1,15 +1,24 @@
 //! The `ruse` program: words on the command line to a machine, and a machine's end to an exit code.
 
+mod attach;
 mod console;
+mod detach;
+mod disk;
 mod doctor;
 mod escape;
 mod failure;
 mod guest;
+mod hotplug;
+mod image;
+mod manage;
 mod monitor;
 mod options;
 mod outcome;
+mod output;
+mod progress;
 mod run;
 mod signals;
+mod ssh;
 mod terminal;
 
 use std::env;
@@ -18,6 +27,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use clap::Parser;
+use ruse_manager::protocol::Request;
 
 use crate::failure::Failure;
 use crate::options::{Cli, Command};
@@ -30,7 +40,28 @@ fn main() -> ExitCode {
             start_log(options.verbose);
             run::run(&options, started)
         }
+        Command::Disk { command } => {
+            start_log(false);
+            disk::disk(&command)
+        }
         Command::Doctor(options) => doctor::doctor(&options),
+        Command::Image { command } => image::image(&command),
+        Command::Ps(options) => manage::ps(&options),
+        Command::Info(options) => manage::info(&options),
+        Command::Console(machine) => attach::console(&machine),
+        Command::Ssh(options) => ssh::ssh(&options),
+        Command::Exec(options) => ssh::exec(&options),
+        Command::Cp(options) => ssh::cp(&options),
+        Command::VsockProxy(options) => ssh::proxy(&options),
+        Command::Stop(options) => manage::stop(&options),
+        Command::Pause(machine) => manage::request(&machine, Request::Pause),
+        Command::Resume(machine) => manage::request(&machine, Request::Resume),
+        Command::Reset(machine) => manage::request(&machine, Request::Reset),
+        Command::Memory(options) => manage::memory(&options),
+        Command::Balloon(options) => manage::balloon(&options),
+        Command::Attach(options) => hotplug::attach(&options),
+        Command::Detach(options) => hotplug::detach(&options),
+        Command::Link(options) => hotplug::link(&options),
     });
     let code = match result {
         Ok(code) => code,

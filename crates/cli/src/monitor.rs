@@ -2,8 +2,10 @@
 
 use std::fmt::Write;
 
-use ruse_vmm::config::format_size;
-use ruse_vmm::{Control, DiskInfo, MachineInfo, Phase};
+use ruse_vmm::config::{format_size, parse_size};
+use ruse_vmm::{
+    BalloonInfo, BalloonSizes, Control, DiskInfo, MachineInfo, MemoryInfo, Phase, ResizeMemoryError,
+};
 
 /// The prompt.
 pub const PROMPT: &str = "(ruse) ";
@@ -14,6 +16,10 @@ const HELP: &str = "\
 info      what the machine is doing
 stats     what its engine has counted
 disks     its disks; the guest is told where their size has changed
+balloon   how much memory the guest has given back, and what it says of the rest
+balloon SIZE  ask the guest to give back so much
+memory    how much RAM it has
+memory SIZE  let it have so much
 pause     hold it
 resume    let it run on
 reset     reset it
@@ -22,6 +28,9 @@ quit      end it
 help      this list
 An empty line or Ctrl-A c goes back to the guest.
 ";
+
+/// What there is to say without `--balloon`.
+const NO_BALLOON: &str = "it has none (--balloon SIZE)\n";
 
 /// A line that is being typed.
 #[derive(Debug, Default)]
@@ -75,6 +84,10 @@ pub fn command(line: &str, control: &Control) -> Answer {
         "info" | "i" => describe(&control.info()),
         "stats" => counters(&control.info()),
         "disks" => disks(control),
+        "balloon" => balloon(control.balloon()),
+        line if line.starts_with("balloon ") => resize_balloon(line["balloon ".len()..].trim(), control),
+        "memory" => control.memory().map_or(format!("{}\n", ResizeMemoryError::Fixed), memory),
+        line if line.starts_with("memory ") => resize_memory(line["memory ".len()..].trim(), control),
         "pause" | "stop" => {
             control.pause();
             "paused\n".into()
@@ -101,15 +114,20 @@ pub fn command(line: &str, control: &Control) -> Answer {
     Answer::Text(text)
 }
 
-/// A machine's state for people.
-pub fn describe(info: &MachineInfo) -> String {
-    let mut text = String::new();
-    let phase = match info.phase {
+/// What a machine is doing, for people.
+pub fn phase(phase: Phase) -> &'static str {
+    match phase {
         Phase::Running => "running",
         Phase::Paused => "paused",
         Phase::Resetting => "being reset",
         Phase::Ended => "ended",
-    };
+    }
+}
+
+/// A machine's state for people.
+pub fn describe(info: &MachineInfo) -> String {
+    let mut text = String::new();
+    let phase = phase(info.phase);
     let seconds = info.uptime_ns / 1_000_000_000;
     let memory = format_size(info.memory);
     let _ = writeln!(text, "{}: {phase}, engine {}, {memory} of RAM, up {seconds} s", info.name, info.engine);
@@ -122,16 +140,56 @@ pub fn describe(info: &MachineInfo) -> String {
     text
 }
 
+/// A disk for people.
+pub fn disk(disk: &DiskInfo) -> String {
+    let access = if disk.read_only { ", read-only" } else { "" };
+    format!("{}: {}{access}\n", disk.path.display(), format_size(disk.size))
+}
+
 /// A machine's disks for people.
 fn disks(control: &Control) -> String {
-    let line = |disk: &DiskInfo| {
-        let access = if disk.read_only { ", read-only" } else { "" };
-        format!("{}: {}{access}\n", disk.path.display(), format_size(disk.size))
-    };
     match control.refresh_disks() {
         Ok(disks) if disks.is_empty() => "it has none\n".into(),
-        Ok(disks) => disks.iter().map(line).collect(),
+        Ok(disks) => disks.iter().map(disk).collect(),
         Err(error) => format!("cannot look at a disk: {error}\n"),
+    }
+}
+
+/// The sizes of a machine's balloon for people.
+pub fn balloon_sizes(sizes: BalloonSizes) -> String {
+    format!("{} of {} asked for\n", format_size(sizes.actual), format_size(sizes.target))
+}
+
+/// The RAM of a machine for people that can have more or less.
+pub fn memory(info: MemoryInfo) -> String {
+    let [size, requested, max] = [info.size, info.requested, info.max].map(format_size);
+    format!("{size} of {requested} asked for, {max} at most\n")
+}
+
+fn resize_memory(size: &str, control: &Control) -> String {
+    match parse_size(size).map(|bytes| control.resize_memory(bytes)) {
+        Ok(Ok(())) => String::new(),
+        Ok(Err(error)) => format!("memory: {error}\n"),
+        Err(error) => format!("memory: {error}\n"),
+    }
+}
+
+/// A machine's balloon for people.
+fn balloon(info: Option<BalloonInfo>) -> String {
+    let Some(info) = info else { return NO_BALLOON.into() };
+    let mut text = balloon_sizes(info.sizes);
+    for (name, value) in info.statistics {
+        let value = if name.ends_with("memory") { format_size(value) } else { value.to_string() };
+        let _ = writeln!(text, "  {name}: {value}");
+    }
+    text
+}
+
+fn resize_balloon(size: &str, control: &Control) -> String {
+    match parse_size(size) {
+        Ok(bytes) if control.resize_balloon(bytes) => String::new(),
+        Ok(_) => NO_BALLOON.into(),
+        Err(error) => format!("balloon: {error}\n"),
     }
 }
 

@@ -24,7 +24,7 @@ pub fn finish(outcome: &Outcome, signal: Option<&str>) -> u8 {
         Outcome::GuestPanic { message, vcpu, dump } => {
             complain(&format!("the guest panicked: {message}"));
             if let Some(dump) = dump {
-                complain(&format!("the state of vCPU {vcpu}, which asked for a reset:"));
+                complain(&format!("the state of vCPU {vcpu} then:"));
                 show(dump);
             }
             GUEST_PANIC

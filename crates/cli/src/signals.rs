@@ -5,7 +5,7 @@ use std::sync::{Arc, OnceLock};
 use std::thread::Builder;
 
 use ruse_vmm::Control;
-use signal_hook::consts::{SIGCONT, SIGHUP, SIGINT, SIGTERM};
+use signal_hook::consts::{SIGCONT, SIGHUP, SIGINT, SIGTERM, SIGWINCH};
 use signal_hook::iterator::Signals;
 
 use crate::{failure, terminal};
@@ -15,7 +15,8 @@ pub type Ended = Arc<OnceLock<&'static str>>;
 
 /// Starts a thread that handles signals for the machine.
 pub fn watch(control: Control) -> io::Result<Ended> {
-    let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP, SIGCONT])?;
+    let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP, SIGCONT, SIGWINCH])?;
+    resize(&control);
     let ended = Ended::default();
     let noted = ended.clone();
     Builder::new().name("ruse-signals".into()).spawn(move || {
@@ -23,6 +24,10 @@ pub fn watch(control: Control) -> io::Result<Ended> {
             let name = match signal {
                 SIGCONT => {
                     terminal::enter_again();
+                    continue;
+                }
+                SIGWINCH => {
+                    resize(&control);
                     continue;
                 }
                 SIGINT => "SIGINT",
@@ -37,4 +42,11 @@ pub fn watch(control: Control) -> io::Result<Ended> {
         }
     })?;
     Ok(ended)
+}
+
+/// The guest's console is as large as the terminal.
+fn resize(control: &Control) {
+    if let Some((columns, rows)) = terminal::size() {
+        control.resize_console(columns, rows);
+    }
 }

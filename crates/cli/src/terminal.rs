@@ -3,7 +3,7 @@
 use std::io::{self, IsTerminal};
 use std::sync::{Mutex, PoisonError};
 
-use rustix::termios::{OptionalActions, OutputModes, Termios, tcgetattr, tcsetattr};
+use rustix::termios::{OptionalActions, OutputModes, Termios, tcgetattr, tcgetwinsize, tcsetattr};
 
 /// What the terminal was like, while it is not like that.
 static SAVED: Mutex<Option<Termios>> = Mutex::new(None);
@@ -30,6 +30,12 @@ impl Drop for RawMode {
     fn drop(&mut self) {
         restore();
     }
+}
+
+/// Columns and rows of the terminal, if there is one.
+pub fn size() -> Option<(u16, u16)> {
+    let size = tcgetwinsize(io::stdin()).ok()?;
+    Some((size.ws_col, size.ws_row))
 }
 
 fn make_raw(mut mode: Termios) -> io::Result<()> {

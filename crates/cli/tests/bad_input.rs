@@ -63,6 +63,54 @@ fn disks() {
 }
 
 #[test]
+fn devices_that_others_serve() {
+    let dir = tempfile::tempdir().unwrap();
+    let kernel = path(&dir, "kernel", &kernel(64, 64));
+    let other = |words: &[&str], parts: &[&str]| refused(&[&["--kernel", &kernel], words].concat(), parts);
+    for (option, words) in
+        [("--disk", "vhost-user=/no/s"), ("--net", "vhost-user=/no/s"), ("--share", "vhost-user=/no/s:t")]
+    {
+        other(&[option, words], &[option, "nobody serves a device at '/no/s'", "No such file"]);
+    }
+    let listener = std::os::unix::net::UnixListener::bind(dir.path().join("s")).unwrap();
+    std::thread::spawn(move || listener.incoming().for_each(drop));
+    let socket = format!("vhost-user={}/s", dir.path().display());
+    other(&["--disk", &socket], &["--disk", "the vhost-user backend at", "it has closed the connection"]);
+    other(&["--disk", "vhost-user=/s,readonly"], &["--disk", "readonly", "queues=N and ring=split only"]);
+    other(&["--share", "vhost-user=/s:t,ro"], &["--share", "'ro'", "whoever serves"]);
+    other(&["--net", "tap=x,queues=2,vhost=on"], &["--net", "vhost=on", "one pair"]);
+    other(&["--vsock", "3,vhostx"], &["--vsock", "vhostx", "path=PATH or vhost"]);
+    if !Path::new("/dev/vhost-vsock").exists() {
+        other(&["--vsock", "3,vhost"], &["--vsock", "/dev/vhost-vsock", "No such file"]);
+    }
+}
+
+#[test]
+fn sockets_consoles_and_the_balloon() {
+    let dir = tempfile::tempdir().unwrap();
+    let kernel = path(&dir, "kernel", &kernel(64, 64));
+    let other = |words: &[&str], parts: &[&str]| refused(&[&["--kernel", &kernel], words].concat(), parts);
+    let file = path(&dir, "file", b"");
+    other(&["--vsock", "2"], &["--vsock", "expected an address from 3"]);
+    other(&["--vsock", "3,port=5"], &["--vsock", "port=5", "path=PATH"]);
+    other(&["--vsock", &format!("3,path={file}")], &["--vsock", &file, "in use"]);
+    other(&["--vsock", "3,path=/no/such/folder/s"], &["--vsock", "/no/such/folder/s", "No such file"]);
+    other(&["--console", "tty"], &["--console", "expected stdio"]);
+    other(&["--console", "file=/no/such/file"], &["--console", "/no/such/file"]);
+    other(&["--console", &format!("socket={file}")], &["--console", &file, "in use"]);
+    let pipe = dir.path().join("pipe");
+    assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    let words = format!("file={}", pipe.display());
+    other(&["--console", &words], &["--console", "pipe", "nobody reads this pipe"]);
+    other(&["--console", "null", "--console", "null"], &["--console", "at most one without a name"]);
+    let port = "null,name=a";
+    other(&["--console", port, "--console", port], &["--console", "different names"]);
+    other(&["--console", "stdio", "--serial", "stdio"], &["--console stdio", "--serial", "contradict"]);
+    other(&["--balloon", "512M"], &["--balloon", "all of the guest's RAM"]);
+    other(&["--balloon", "much"], &["--balloon", "expected a size"]);
+}
+
+#[test]
 fn initrds() {
     let dir = tempfile::tempdir().unwrap();
     let kernel = path(&dir, "kernel", &kernel(64, 64));
@@ -117,6 +165,10 @@ fn options() {
     refused(&["--serial", "tty"], &["--serial", "file=PATH"]);
     refused(&["--name", ""], &["--name"]);
     refused(&["--json"], &["--dry-run"]);
+    refused(&["--machine", "q35"], &["--machine", "pc or microvm"]);
+    let microvm = ["--machine", "microvm"];
+    refused(&[&microvm[..], &["--slots", "1"]].concat(), &["--slots", "no PCI bus"]);
+    refused(&[&microvm[..], &["--watchdog", "none"]].concat(), &["--watchdog", "no PCI bus"]);
     refused(&["--no-such-option"], &["--no-such-option"]);
     refused(&["surplus"], &["surplus"]);
     let dir = tempfile::tempdir().unwrap();

@@ -13,6 +13,10 @@ pub enum Power {
     Reset,
     /// End the process with this code (debug-exit device).
     Exit(u8),
+    /// None: the guest's system has panicked (pvpanic device).
+    Panicked,
+    /// None: the machine is held until its user lets it go on.
+    Pause,
 }
 
 /// Side effects that a device names. The machine carries them out in order after the access.
@@ -20,7 +24,7 @@ pub enum Power {
 pub struct Effects {
     /// Interrupt lines (GSI numbers) and their new levels.
     pub lines: Vec<(u8, bool)>,
-    /// Interrupt pins of PCI functions and their new levels.
+    /// Interrupt pins of what is plugged in, PCI functions or virtio devices without PCI, and their new levels.
     pub intx: Vec<IntxLevel>,
     /// Message-signalled interrupts to deliver.
     pub messages: Vec<Msi>,
@@ -28,6 +32,8 @@ pub struct Effects {
     pub rings: Vec<Ring>,
     /// Where PCI functions answer from now on.
     pub pci_ranges: Option<PciRanges>,
+    /// When the watchdog wants to be called from now on, in nanoseconds since the machine's start.
+    pub watchdog: Option<u64>,
     /// Power change asked for.
     pub power: Option<Power>,
 }

@@ -79,11 +79,17 @@ impl Interrupts {
     fn with_lapics(lapics: Vec<Lapic>, external: bool) -> Self {
         // The line of the boot CPU is there whoever has the local APICs.
         let lines = (0..lapics.len().max(1)).map(|_| Arc::default()).collect();
-        let (pic, ioapic) = (Pic::new(), IoApic::new());
+        let (pic, ioapic) = (Pic::new(), IoApic::default());
         let mut all =
             Self { pic, ioapic, lapics, lines, signals: Vec::new(), external, messages: Vec::new() };
         all.update_all();
         all
+    }
+
+    /// The same with an I/O APIC of so many pins.
+    pub fn with_pins(mut self, pins: usize) -> Self {
+        self.ioapic = IoApic::new(pins);
+        self
     }
 
     /// Power-up reset of all chips. Lines keep the levels that devices drive.

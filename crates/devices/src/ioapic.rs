@@ -11,8 +11,10 @@ use crate::fabric::Msi;
 pub const BASE: u64 = 0xfec0_0000;
 /// Size of the register window.
 pub const SIZE: u64 = 0x1000;
-/// Interrupt input pins.
+/// Interrupt input pins of a PC's.
 pub const PINS: usize = 24;
+/// The most interrupt input pins.
+pub const MOST_PINS: usize = 64;
 
 /// Offset of the register select register (3.1.1).
 const IOREGSEL: u64 = 0x00;
@@ -29,8 +31,9 @@ const REG_VERSION: u8 = 0x01;
 const REG_ARBITRATION: u8 = 0x02;
 /// First indirect register of the redirection table (3.2.4).
 const REG_TABLE: u8 = 0x10;
-/// Version with an EOI register, and the number of the last table entry.
-const VERSION: u32 = 0x20 | (PINS as u32 - 1) << 16;
+/// Version with an EOI register; the number of the last table entry is in the same register.
+const VERSION: u32 = 0x20;
+const LAST_ENTRY_SHIFT: u32 = 16;
 /// The bits of the ID register that exist.
 const ID_BITS: u32 = 0x0f00_0000;
 
@@ -55,9 +58,9 @@ pub struct IoApicState {
     /// Register select register.
     pub select: u8,
     /// Redirection table.
-    pub table: [u64; PINS],
+    pub table: Vec<u64>,
     /// Pins that are asserted, bit n for pin n.
-    pub lines: u32,
+    pub lines: u64,
 }
 
 /// The I/O APIC.
@@ -71,20 +74,21 @@ pub struct IoApic {
 
 impl Default for IoApic {
     fn default() -> Self {
-        Self::new()
+        Self::new(PINS)
     }
 }
 
 impl IoApic {
-    /// An I/O APIC after power-up: all pins masked.
-    pub fn new() -> Self {
-        Self { state: IoApicState { id: 0, select: 0, table: [MASKED; PINS], lines: 0 } }
+    /// An I/O APIC of so many pins (1 to [`MOST_PINS`]) after power-up: all of them masked.
+    pub fn new(pins: usize) -> Self {
+        let table = vec![MASKED; pins.clamp(1, MOST_PINS)];
+        Self { state: IoApicState { id: 0, select: 0, table, lines: 0 } }
     }
 
     /// Back to the state after power-up. The pins keep their levels, which others drive.
     pub fn reset(&mut self) {
         let lines = self.state.lines;
-        *self = Self::new();
+        *self = Self::new(self.pins());
         self.state.lines = lines;
     }
 
@@ -93,11 +97,17 @@ impl IoApic {
         self.state.clone()
     }
 
-    /// Takes a saved state.
+    fn pins(&self) -> usize {
+        self.state.table.len()
+    }
+
+    /// Takes a saved state, of an I/O APIC with as many pins.
     pub fn restore(&mut self, state: &IoApicState) {
+        let pins = self.pins();
         self.state = state.clone();
         self.state.id &= ID_BITS;
-        self.state.lines &= (1 << PINS) - 1;
+        self.state.lines &= u64::MAX >> (MOST_PINS - pins);
+        self.state.table.resize(pins, MASKED);
         for entry in &mut self.state.table {
             *entry &= WRITABLE | REMOTE_IRR;
         }
@@ -129,7 +139,7 @@ impl IoApic {
 
     /// A local APIC ended an interrupt of this vector; returns the messages of pins that are still asserted.
     pub fn end_of_interrupt(&mut self, vector: u8, mut send: impl FnMut(Msi)) {
-        for pin in 0..PINS {
+        for pin in 0..self.pins() {
             let entry = &mut self.state.table[pin];
             if *entry as u8 == vector && *entry & (REMOTE_IRR | LEVEL) == REMOTE_IRR | LEVEL {
                 *entry &= !REMOTE_IRR;
@@ -176,8 +186,8 @@ impl IoApic {
     fn read_indirect(&self, register: u8) -> u32 {
         match register {
             REG_ID | REG_ARBITRATION => self.state.id,
-            REG_VERSION => VERSION,
-            _ => match table_index(register) {
+            REG_VERSION => VERSION | (self.pins() as u32 - 1) << LAST_ENTRY_SHIFT,
+            _ => match self.table_index(register) {
                 Some((pin, high)) => (self.state.table[pin] >> if high { 32 } else { 0 }) as u32,
                 None => u32::MAX,
             },
@@ -188,7 +198,7 @@ impl IoApic {
         if register == REG_ID {
             self.state.id = value & ID_BITS;
         }
-        let (pin, high) = table_index(register)?;
+        let (pin, high) = self.table_index(register)?;
         let entry = &mut self.state.table[pin];
         let value = u64::from(value);
         let merged = if high { *entry & 0xffff_ffff | value << 32 } else { *entry & !0xffff_ffff | value };
@@ -199,6 +209,12 @@ impl IoApic {
             *entry &= !REMOTE_IRR;
         }
         self.service_level(pin)
+    }
+
+    /// The pin and half that an indirect register of the table is.
+    fn table_index(&self, register: u8) -> Option<(usize, bool)> {
+        let index = usize::from(register.checked_sub(REG_TABLE)?);
+        (index < 2 * self.pins()).then_some((index / 2, index % 2 == 1))
     }
 
     /// Sends a level-triggered pin's message if it is asserted, unmasked and not under way.
@@ -217,12 +233,6 @@ impl IoApic {
 /// others are treated as edges whatever the trigger bit says).
 fn is_level(entry: u64) -> bool {
     entry & LEVEL != 0 && (entry & MODE) >> 8 <= 1
-}
-
-/// The pin and half that an indirect register of the table is.
-fn table_index(register: u8) -> Option<(usize, bool)> {
-    let index = usize::from(register.checked_sub(REG_TABLE)?);
-    (index < 2 * PINS).then_some((index / 2, index % 2 == 1))
 }
 
 /// An entry's message, in the format of SDM volume 3, 10.11.

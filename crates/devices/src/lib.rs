@@ -18,8 +18,10 @@ pub mod pic;
 pub mod pit;
 pub mod pm;
 pub mod post;
+pub mod pvpanic;
 pub mod reset;
 pub mod rtc;
 pub mod serial;
+pub mod watchdog;
 
 pub use device::{Access, Device, Effects, Power, Ring};

@@ -19,7 +19,7 @@ pub use function::{BarDoorbell, IntxLevel, IntxPin, PciFunction, SharedFunction,
 pub use host::{CONFIG_ADDRESS_PORT, CONFIG_DATA_PORT, ECAM_BASE, PciHost, PciHostState, SlotTaken};
 pub use msi::MsiCapability;
 pub use msix::{Msix, MsixState};
-pub use ranges::{BarTarget, PciDoorbell, PciRanges, PciWindows};
+pub use ranges::{BarTarget, PciDoorbell, PciRanges, PciWindows, UNCLAIMED};
 pub use root_port::{RootPort, RootPortState};
 
 /// Where a function sits (PCI 3.0, 3.2.2.3.1).

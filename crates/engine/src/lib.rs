@@ -11,6 +11,7 @@ pub mod counters;
 pub mod cpuid;
 pub mod dirty;
 pub mod doorbell;
+pub mod halt_poll;
 
 use std::sync::Arc;
 
@@ -21,6 +22,7 @@ pub use counters::Counters;
 pub use cpuid::{CpuidEntry, CpuidTable};
 pub use dirty::{DirtyLog, WriteLog};
 pub use doorbell::{Doorbell, DoorbellReader, DoorbellTable, DoorbellValue, Doorbells, IoAddress};
+pub use halt_poll::HaltPoll;
 use ruse_arch::VcpuState;
 use ruse_memory::GuestRam;
 

@@ -6,7 +6,8 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 
-use crate::GuestError;
+use crate::system::Source;
+use crate::{GuestError, cache};
 
 /// The programs of apt, and the lists of packages that they use.
 #[derive(Debug, Clone)]
@@ -52,17 +53,92 @@ impl AptCommands {
         for partial in [lists.join("partial"), cache.join("archives/partial")] {
             fs::create_dir_all(&partial).map_err(GuestError::io("create", &partial))?;
         }
-        let mut private = AptCommands { options: Vec::new(), ..self.clone() };
-        let settings = [("Dir::State::lists=", &lists), ("Dir::Cache=", &cache)];
-        for (name, path) in settings {
-            let mut setting = OsString::from(name);
-            setting.push(path);
-            setting.push("/");
-            private.options.extend(["-o".into(), setting]);
-        }
-        let lean = ["-q", "-o", "Acquire::IndexTargets::deb::DEP-11::DefaultEnabled=false", "update"];
+        let private = self.clone().with_dir("Dir::State::lists", &lists).with_dir("Dir::Cache", &cache);
+        let lean = [
+            "-q",
+            "-o",
+            "Acquire::IndexTargets::deb::DEP-11::DefaultEnabled=false",
+            "-o",
+            "Acquire::Languages=none",
+            "update",
+        ];
         private.run(&private.get, &lean)?;
         Ok(private)
+    }
+
+    fn with_option(mut self, name: &str, value: impl AsRef<OsStr>) -> AptCommands {
+        let mut setting = OsString::from(name);
+        setting.push("=");
+        setting.push(value);
+        self.options.extend(["-o".into(), setting]);
+        self
+    }
+
+    fn with_dir(self, name: &str, path: &Path) -> AptCommands {
+        let mut value = path.as_os_str().to_owned();
+        value.push("/");
+        self.with_option(name, value)
+    }
+
+    /// The same programs for a system that has nothing installed yet, with these sources. Files of theirs go into
+    /// `dir`. The lists of packages are the machine's.
+    pub(crate) fn for_new_system(&self, dir: &Path, sources: &str) -> Result<AptCommands, GuestError> {
+        let (list, status) = (dir.join("sources.list"), dir.join("status"));
+        cache::write_whole(&list, sources.as_bytes())?;
+        cache::write_whole(&status, b"")?;
+        Ok(self
+            .clone()
+            .with_option("Dir::State::status", status)
+            .with_option("Dir::Etc::sourcelist", list)
+            .with_option("Dir::Etc::sourceparts", "-")
+            .with_option("Dir::Cache::pkgcache", "")
+            .with_option("Dir::Cache::srcpkgcache", "")
+            .with_option("APT::Architecture", "amd64")
+            .with_option("APT::Architectures", "amd64")
+            .with_option("APT::Install-Recommends", "false")
+            .with_option("APT::Sandbox::User", "")
+            .with_option("Acquire::ForceHash", "SHA256")
+            .with_option("Debug::NoLocking", "true"))
+    }
+
+    /// Where the machine's packages come from.
+    pub(crate) fn debian_sources(&self) -> Result<Vec<Source>, GuestError> {
+        const UNKNOWN: &str = "$(ORIGIN)";
+        let format = format!("$(REPO_URI)|$(RELEASE)|{UNKNOWN}");
+        let reply = self.run(&self.get, &["indextargets", "--format", &format, "Created-By: Packages"])?;
+        let source = |line: &str| {
+            let mut words = line.split('|').map(str::to_owned);
+            let (uri, release) = (words.next()?, words.next()?);
+            Some(Source { uri, release, origin: words.next().filter(|origin| origin != UNKNOWN) })
+        };
+        Ok(reply.lines().filter_map(source).collect())
+    }
+
+    /// These packages and all that they depend on, in the order in which apt would unpack them. Those of which a file
+    /// is in a directory already are left out: it is asked in one that is `empty`.
+    pub(crate) fn closure(&self, packages: &[String], empty: &Path) -> Result<Vec<PackageFile>, GuestError> {
+        let asked = self.clone().with_dir("Dir::Cache::archives", empty);
+        let arguments = install(&["--print-uris"], packages);
+        let output = asked.run(&asked.get, &arguments)?;
+        let lines = output.lines().filter(|line| line.starts_with('\''));
+        let parse = |line: &str| {
+            PackageFile::parse(line).ok_or_else(|| GuestError::BadReply {
+                command: self.describe(&self.get, &arguments),
+                line: line.to_owned(),
+            })
+        };
+        lines.map(parse).collect()
+    }
+
+    /// Begins to download these packages and all that they depend on into `dir`; what apt says goes to `log`.
+    pub(crate) fn download_all(
+        &self,
+        packages: &[String],
+        dir: &Path,
+        log: &Path,
+    ) -> Result<Child, GuestError> {
+        let into = self.clone().with_dir("Dir::Cache::archives", dir);
+        into.spawn(&install(&["-q", "--download-only"], packages), dir, log)
     }
 
     /// The first of `packages` that apt knows; one that only stands for another whose name begins
@@ -94,8 +170,12 @@ impl AptCommands {
 
     /// Begins to download `package` into `dir`; what apt says goes to `log`.
     pub(crate) fn download(&self, package: &str, dir: &Path, log: &Path) -> Result<Child, GuestError> {
+        self.spawn(&["-q", "download", package], dir, log)
+    }
+
+    fn spawn(&self, arguments: &[&str], dir: &Path, log: &Path) -> Result<Child, GuestError> {
         let log_file = File::create(log).map_err(GuestError::io("create", log))?;
-        let mut command = self.command(&self.get, &["-q", "download", package]);
+        let mut command = self.command(&self.get, arguments);
         command.current_dir(dir).stdout(Stdio::null()).stderr(log_file);
         command.spawn().map_err(|error| self.not_started(&self.get, error))
     }
@@ -147,6 +227,12 @@ impl AptCommands {
     }
 }
 
+/// The words of `apt-get install`.
+fn install<'a>(options: &[&'a str], packages: &'a [String]) -> Vec<&'a str> {
+    let packages = packages.iter().map(String::as_str);
+    options.iter().copied().chain(["--yes", "install", "--"]).chain(packages).collect()
+}
+
 /// The errors in what apt wrote, or its last line, as one line.
 fn last_words(said: &str) -> String {
     let errors: Vec<&str> = said.lines().filter_map(|line| line.strip_prefix("E: ")).collect();
@@ -186,6 +272,11 @@ impl PackageFile {
             algorithm: algorithm.to_owned(),
             digest: digest.to_ascii_lowercase(),
         })
+    }
+
+    /// The package's name, from the file's (`NAME_VERSION_ARCH.deb`).
+    pub fn package(&self) -> &str {
+        self.file.split('_').next().unwrap_or("")
     }
 
     /// The package's version, from the file's name (`NAME_VERSION_ARCH.deb`).

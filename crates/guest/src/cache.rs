@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use crate::{GuestError, Progress};
 
 /// `$XDG_CACHE_HOME/ruse`, or `~/.cache/ruse`.
-pub(crate) fn default_dir() -> Result<PathBuf, GuestError> {
+pub fn default_dir() -> Result<PathBuf, GuestError> {
     choose_dir(env::var_os("XDG_CACHE_HOME"), env::var_os("HOME"))
 }
 

@@ -281,9 +281,10 @@ pub(crate) mod tests {
         std::fs::write(&path, package(".gz", &files)).unwrap();
         let found = extract_some(&path, &modules::wants(dir.path())).unwrap();
         let names = modules::unpack(dir.path(), &found).unwrap();
-        assert_eq!(names, ["virtio.ko", "virtio_blk.ko"]);
-        let contents: Vec<_> =
-            modules::read(dir.path(), &names).unwrap().into_iter().map(|module| module.content).collect();
+        assert_eq!(names, ["virtio_blk.ko", "virtio.ko"]);
+        let kinds = modules::read(dir.path(), &names).unwrap();
+        let disks = kinds.into_iter().find(|kind| kind.name == "disks").unwrap();
+        let contents: Vec<_> = disks.modules.into_iter().map(|module| module.content).collect();
         assert_eq!(contents, [b"plain".to_vec(), b"packed".to_vec()]);
     }
 

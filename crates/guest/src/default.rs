@@ -9,6 +9,7 @@ use crate::apt::AptCommands;
 use crate::cache::{self, CacheLock};
 use crate::deb::{self, Want};
 use crate::fetch::fetch;
+use crate::kernel::{CONFIG, Kernel, VMLINUZ, write_initrd};
 use crate::{GuestError, Initramfs, PackageFile, Progress, modules};
 
 /// Packages that bring a kernel for virtual machines: Debian's, then Ubuntu's.
@@ -16,8 +17,6 @@ const KERNEL_PACKAGES: &[&str] = &["linux-image-cloud-amd64", "linux-image-virtu
 const KERNEL_PREFIX: &str = "linux-image-";
 const BUSYBOX_PACKAGE: &str = "busybox-static";
 
-/// Which files of the packages are kept.
-const LAYOUT: &str = "modules";
 /// The file that names what is prepared.
 const MANIFEST: &str = "current.json";
 
@@ -54,8 +53,10 @@ struct Manifest {
     packages: Vec<String>,
     /// Names and sizes of the files that came from packages.
     files: Vec<(String, u64)>,
-    /// The kernel's modules, in the order in which they are to be loaded. What an earlier version has prepared has none.
+    /// The kernel's modules.
     modules: Vec<String>,
+    /// Which modules were looked for ([`modules::recipe`]). What an earlier version has prepared has none, or others.
+    recipe: String,
 }
 
 /// A package that has been fetched.
@@ -117,7 +118,12 @@ impl DefaultGuest {
         let files = self.files(&manifest);
         if !files.initrd.exists() {
             progress.step("writing the initramfs");
-            write_initrd(&files, &manifest.modules)?;
+            write_initrd(
+                &files.busybox,
+                self.dir.join(&manifest.directory),
+                &manifest.modules,
+                &files.initrd,
+            )?;
         }
         Ok(files)
     }
@@ -129,15 +135,16 @@ impl DefaultGuest {
         let dir = self.dir.join(&manifest.directory);
         let whole =
             |(name, size): &(String, u64)| fs::metadata(dir.join(name)).is_ok_and(|file| file.len() == *size);
-        manifest.files.iter().all(whole).then_some(manifest)
+        let current = manifest.recipe == modules::recipe();
+        (current && manifest.files.iter().all(whole)).then_some(manifest)
     }
 
     fn files(&self, manifest: &Manifest) -> GuestFiles {
         let dir = self.dir.join(&manifest.directory);
         GuestFiles {
-            kernel: dir.join("vmlinuz"),
+            kernel: dir.join(VMLINUZ),
             initrd: dir.join(format!("initrd-{}.cpio", Initramfs::recipe())),
-            config: dir.join("config"),
+            config: dir.join(CONFIG),
             busybox: dir.join("busybox"),
             release: manifest.release.clone(),
             packages: manifest.packages.clone(),
@@ -163,7 +170,7 @@ impl DefaultGuest {
     /// fetched for this.
     fn fetch_packages(&self, dir: &Path, progress: &mut dyn Progress) -> Result<[Fetched; 2], GuestError> {
         let error = match self.fetch_by(&self.apt, dir, progress) {
-            Err(error) if may_be_old_lists(&error) => error,
+            Err(error) if error.may_be_old_lists() => error,
             done => return done,
         };
         tracing::debug!(%error, "the machine's lists of packages do not serve");
@@ -200,21 +207,12 @@ impl DefaultGuest {
     fn unpack(&self, kernel: &Fetched, busybox: &Fetched) -> Result<Manifest, GuestError> {
         let beside = self.dir.join("unpacking");
         cache::fresh_dir(&beside)?;
-        let mut wants = vec![
-            Want::new(&["boot/vmlinuz-*"], beside.join("vmlinuz")),
-            Want::new(&["boot/config-*"], beside.join("config")),
-        ];
-        let needed = wants.len();
-        wants.extend(modules::wants(&beside));
-        let mut found = deb::extract_some(&kernel.path, &wants)?;
-        let modules = modules::unpack(&beside, &found.split_off(needed))?;
-        let names = deb::require(&kernel.path, &wants[..needed], found)?;
-        let release = names[0].trim_start_matches("boot/vmlinuz-").to_owned();
+        let Kernel { release, modules } = Kernel::unpack(&kernel.path, &beside)?;
         let applets = Want::new(&["bin/busybox", "usr/bin/busybox"], beside.join("busybox"));
         deb::extract(&busybox.path, &[applets])?;
 
         let mut files = Vec::new();
-        for name in ["vmlinuz", "config", "busybox"].into_iter().chain(modules.iter().map(|name| &**name)) {
+        for name in [VMLINUZ, CONFIG, "busybox"].into_iter().chain(modules.iter().map(|name| &**name)) {
             let path = beside.join(name);
             let size = fs::metadata(&path).map_err(GuestError::io("read", &path))?.len();
             files.push((name.to_owned(), size));
@@ -222,26 +220,19 @@ impl DefaultGuest {
         let packages =
             [kernel, busybox].map(|package| format!("{} {}", package.name, package.file.version()));
         // A name of its own for what has other files in it than earlier versions made.
-        let directory = file_name(&format!("{}+{LAYOUT}", packages.join("+")));
+        let directory = file_name(&format!("{}+{}", packages.join("+"), modules::recipe()));
         let place = self.dir.join(&directory);
         cache::fresh_dir(&place)?;
         fs::rename(&beside, &place).map_err(GuestError::io("replace", &place))?;
-        Ok(Manifest { directory, release, packages: packages.into(), files, modules })
+        Ok(Manifest {
+            directory,
+            release,
+            packages: packages.into(),
+            files,
+            modules,
+            recipe: modules::recipe(),
+        })
     }
-}
-
-fn write_initrd(files: &GuestFiles, modules: &[String]) -> Result<(), GuestError> {
-    let busybox = fs::read(&files.busybox).map_err(GuestError::io("read", &files.busybox))?;
-    let dir = files.busybox.parent().unwrap_or(Path::new(""));
-    let archive =
-        Initramfs { busybox, modules: Vec::new(), disk_modules: modules::read(dir, modules)? }.build();
-    cache::write_whole(&files.initrd, &archive.map_err(GuestError::io("write", &files.initrd))?)
-}
-
-/// Whether fresh lists of packages may mend this.
-fn may_be_old_lists(error: &GuestError) -> bool {
-    use GuestError::*;
-    matches!(error, UnknownPackage { .. } | Apt { .. } | BadReply { .. } | Corrupt { .. })
 }
 
 /// A name for a file: letters, digits and a few signs of `text`, all else as an underscore.

@@ -27,6 +27,12 @@ pub enum GuestError {
         /// The names that were tried.
         packages: String,
     },
+    /// Not the name of a package or release.
+    #[error("'{name}' cannot be the name of a package or a release")]
+    BadName {
+        /// What was given.
+        name: String,
+    },
     /// One of apt's programs failed.
     #[error("`{command}` failed ({status}): {message}; check the network and apt's sources, then run again")]
     Apt {
@@ -84,6 +90,12 @@ pub enum GuestError {
 }
 
 impl GuestError {
+    /// Whether fresh lists of packages may mend this.
+    pub(crate) fn may_be_old_lists(&self) -> bool {
+        use GuestError::*;
+        matches!(self, UnknownPackage { .. } | Apt { .. } | BadReply { .. } | Corrupt { .. })
+    }
+
     /// Makes a converter for errors of one operation on one path.
     pub(crate) fn io(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> GuestError {
         let path = path.to_owned();

@@ -3,6 +3,7 @@
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
+use std::process::Child;
 use std::thread;
 use std::time::Duration;
 
@@ -63,19 +64,52 @@ fn download(
     progress: &mut dyn Progress,
 ) -> Result<(), GuestError> {
     let log = dir.join("apt.log");
-    let mut child = apt.download(package, dir, &log)?;
+    let child = apt.download(package, dir, &log)?;
+    watch(apt, child, package, std::slice::from_ref(file), dir, &log, progress)
+}
+
+/// Waits until apt has downloaded `files`, and tells how far it is.
+fn watch(
+    apt: &AptCommands,
+    mut child: Child,
+    what: &str,
+    files: &[PackageFile],
+    dir: &Path,
+    log: &Path,
+    progress: &mut dyn Progress,
+) -> Result<(), GuestError> {
+    let total = files.iter().map(|file| file.size).sum();
     let status = loop {
         if let Some(status) = child.try_wait().map_err(GuestError::io("wait for", &apt.get))? {
             break status;
         }
-        progress.bytes(size_so_far(dir, &file.file).min(file.size), file.size);
+        let so_far = files.iter().map(|file| size_so_far(dir, &file.file).min(file.size)).sum();
+        progress.bytes(so_far, total);
         thread::sleep(POLL);
     };
     if !status.success() {
-        return Err(apt.download_failed(package, status, &log));
+        return Err(apt.download_failed(what, status, log));
     }
-    progress.bytes(file.size, file.size);
+    progress.bytes(total, total);
     Ok(())
+}
+
+/// Downloads `wanted` with all that they depend on, which is `files`, into `dir`. Size and checksum of all of them are
+/// right then.
+pub(crate) fn fetch_all(
+    apt: &AptCommands,
+    wanted: &[String],
+    files: &[PackageFile],
+    dir: &Path,
+    progress: &mut dyn Progress,
+) -> Result<(), GuestError> {
+    let missing = |file: &&PackageFile| !matches!(is_whole(&dir.join(&file.file), file), Ok(true));
+    if files.iter().any(|file| missing(&file)) {
+        let log = dir.join("apt.log");
+        let child = apt.download_all(wanted, dir, &log)?;
+        watch(apt, child, &wanted.join(" "), files, dir, &log, progress)?;
+    }
+    files.iter().try_for_each(|file| verify(&dir.join(&file.file), file))
 }
 
 /// How much of the file has come: apt writes it in place, or beside in `partial`.

@@ -20,16 +20,22 @@ mod default;
 mod error;
 mod fetch;
 mod initramfs;
+mod kernel;
 mod modules;
 mod progress;
 mod script;
+mod system;
 
 pub use apt::{AptCommands, PackageFile};
+pub use cache::default_dir as cache_dir;
 pub use default::{DefaultGuest, GuestFiles};
 pub use error::GuestError;
-pub use initramfs::{Initramfs, Module};
+pub use initramfs::{DeviceModules, Initramfs, Module};
 pub use progress::{Progress, Silent};
 pub use script::{EXIT_MARK, run_argument};
+pub use system::{SystemPackages, SystemPlan};
 
 /// The kernel command line that the default guest is booted with where the user gives none.
 pub const DEFAULT_CMDLINE: &str = "console=ttyS0 panic=-1";
+/// The same where the user has the guest's virtio console.
+pub const VIRTIO_CMDLINE: &str = "console=ttyS0 console=hvc0 panic=-1";

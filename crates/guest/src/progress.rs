@@ -6,6 +6,8 @@ pub trait Progress {
     fn step(&mut self, what: &str);
     /// The current step has come to `done` of `total` bytes.
     fn bytes(&mut self, done: u64, total: u64);
+    /// The current step has come to `done` of `total` things.
+    fn items(&mut self, _done: u64, _total: u64) {}
     /// Everything is done, or failed: whatever was drawn can go.
     fn finish(&mut self) {}
 }

@@ -16,8 +16,9 @@ use ruse_engine::{EngineError, Message, MessageSource};
 
 use crate::{ioctl, vm::Shared};
 
-/// Numbers that belong to the I/O APIC's pins: the kernel looks at them to see which ends of interrupts it reports.
-pub const PINS: u32 = 24;
+/// Numbers that belong to the I/O APIC's pins, of which there are at most so many: the kernel looks at them to see which
+/// ends of interrupts it reports.
+pub const PINS: u32 = 64;
 /// Numbers that there are (KVM_MAX_IRQ_ROUTES).
 const NUMBERS: u32 = 4096;
 

@@ -1,6 +1,6 @@
 //! The map of guest physical memory that a kernel gets (ACPI 6.5, section 15: INT 15h, E820h).
 
-use ruse_memory::{GuestRam, PAGE_SIZE};
+use ruse_memory::{GuestRam, PAGE_SIZE, RegionKind};
 
 use crate::place::ONE_MIB;
 
@@ -33,7 +33,7 @@ pub struct MapEntry {
 pub fn memory_map(ram: &GuestRam, ecam: Option<(u64, u64)>) -> Vec<MapEntry> {
     let mut map =
         vec![MapEntry { start: LOW_MEMORY_END, size: ONE_MIB - LOW_MEMORY_END, kind: MemoryKind::Reserved }];
-    for region in ram.regions().iter().filter(|region| !region.read_only) {
+    for region in ram.regions().iter().filter(|region| region.kind == RegionKind::Ram) {
         let (start, end) = (region.gpa, region.gpa + region.size);
         let holes = if start == 0 {
             [(start, end.min(LOW_MEMORY_END)), (ONE_MIB, end)]

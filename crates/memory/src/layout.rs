@@ -1,13 +1,18 @@
 //! Where memory lies in guest physical space.
 
-use crate::{HIGH_RAM_START, LOW_RAM_END, MAX_RAM, MemoryError, PAGE_SIZE};
+use std::{fs::File, sync::Arc};
+
+use crate::{BLOCK_SIZE, HIGH_RAM_START, LOW_RAM_END, MAX_RAM, MemoryError, PAGE_SIZE, RegionKind};
 
 /// A run of memory.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Part {
     pub gpa: u64,
     pub size: u64,
+    pub kind: RegionKind,
     pub read_only: bool,
+    /// What it is a mapping of, if not of the RAM's own memfd.
+    pub file: Option<Arc<File>>,
 }
 
 impl Part {
@@ -16,7 +21,7 @@ impl Part {
     }
 }
 
-/// Runs of RAM, and of memory that guest CPUs can only read.
+/// Runs of RAM, of memory that guest CPUs can only read, and of memory that devices bring.
 #[derive(Clone, Debug)]
 pub struct Layout {
     /// Lowest address first.
@@ -30,15 +35,40 @@ impl Layout {
             return Err(MemoryError::Size(size));
         }
         let low = size.min(LOW_RAM_END);
-        let part = |gpa, size| Part { gpa, size, read_only: false };
+        let part = |gpa, size| Part { gpa, size, kind: RegionKind::Ram, read_only: false, file: None };
         let parts = [part(0, low), part(HIGH_RAM_START, size - low)];
         Ok(Self { parts: parts.into_iter().filter(|part| part.size > 0).collect() })
     }
 
     /// With `size` bytes from `gpa` on that guest CPUs can only read, for firmware. Loaders write to them as to RAM.
-    pub fn with_read_only(mut self, gpa: u64, size: u64) -> Result<Self, MemoryError> {
-        let new = Part { gpa, size, read_only: true };
-        let whole = size > 0 && gpa.is_multiple_of(PAGE_SIZE) && size.is_multiple_of(PAGE_SIZE);
+    pub fn with_read_only(self, gpa: u64, size: u64) -> Result<Self, MemoryError> {
+        self.with(Part { gpa, size, kind: RegionKind::Firmware, read_only: true, file: None }, PAGE_SIZE)
+    }
+
+    /// With room from `gpa` on for `size` bytes of RAM that is plugged in later, in blocks of [`BLOCK_SIZE`]. There can be one
+    /// such region.
+    pub fn with_pluggable(self, gpa: u64, size: u64) -> Result<Self, MemoryError> {
+        if self.parts.iter().any(|part| part.kind == RegionKind::Pluggable) {
+            return Err(MemoryError::Place(gpa));
+        }
+        let part = Part { gpa, size, kind: RegionKind::Pluggable, read_only: false, file: None };
+        self.with(part, BLOCK_SIZE)
+    }
+
+    /// With the first `size` bytes of a file from `gpa` on. Guest CPUs and devices cannot change them if `read_only`.
+    pub fn with_file(
+        self,
+        gpa: u64,
+        size: u64,
+        file: Arc<File>,
+        read_only: bool,
+    ) -> Result<Self, MemoryError> {
+        self.with(Part { gpa, size, kind: RegionKind::Persistent, read_only, file: Some(file) }, PAGE_SIZE)
+    }
+
+    fn with(mut self, new: Part, unit: u64) -> Result<Self, MemoryError> {
+        let gpa = new.gpa;
+        let whole = new.size > 0 && gpa.is_multiple_of(unit) && new.size.is_multiple_of(unit);
         let end = new.end().filter(|_| whole).ok_or(MemoryError::Place(gpa))?;
         if self.parts.iter().any(|part| part.gpa < end && part.end().is_none_or(|end| gpa < end)) {
             return Err(MemoryError::Place(gpa));
@@ -52,14 +82,14 @@ impl Layout {
         &self.parts
     }
 
-    /// Bytes of all parts.
+    /// Bytes of all parts that are no file's.
     pub(crate) fn total(&self) -> u64 {
-        self.parts.iter().map(|part| part.size).sum()
+        self.parts.iter().filter(|part| part.file.is_none()).map(|part| part.size).sum()
     }
 
     /// Bytes of RAM.
     pub(crate) fn ram(&self) -> u64 {
-        self.parts.iter().filter(|part| !part.read_only).map(|part| part.size).sum()
+        self.parts.iter().filter(|part| part.kind == RegionKind::Ram).map(|part| part.size).sum()
     }
 }
 
@@ -84,6 +114,31 @@ mod tests {
         ram.memory().write_obj(7u64, GuestAddress(FIRMWARE + 8)).unwrap();
         assert_eq!(ram.memory().read_obj::<u64>(GuestAddress(FIRMWARE + 8)).unwrap(), 7);
         assert_eq!(ram.memory().read_obj::<u64>(GuestAddress(HIGH_RAM_START + 8)).unwrap(), 0);
+    }
+
+    #[test]
+    fn memory_of_a_file_is_the_file() {
+        let at = HIGH_RAM_START;
+        let file = Arc::new(tempfile::tempfile().unwrap());
+        file.set_len(2 * PAGE_SIZE).unwrap();
+        let layout = |read_only| {
+            Layout::of_ram(PAGE_SIZE).unwrap().with_file(at, PAGE_SIZE, file.clone(), read_only).unwrap()
+        };
+        let byte = || {
+            let mut byte = [0];
+            std::os::unix::fs::FileExt::read_exact_at(&*file, &mut byte, 9).unwrap();
+            byte[0]
+        };
+        let ram = GuestRam::with_layout(&layout(false)).unwrap();
+        assert_eq!((ram.size(), ram.regions()[1].kind), (PAGE_SIZE, RegionKind::Persistent));
+        ram.memory().write_obj(7u8, GuestAddress(at + 9)).unwrap();
+        assert_eq!(byte(), 7);
+        assert!(ram.release(at, PAGE_SIZE).is_err(), "a file keeps its bytes");
+        assert_eq!((ram.file_offset(at), ram.file_offset(0)), (None, Some(0)));
+        let ram = GuestRam::with_layout(&layout(true)).unwrap();
+        assert!(ram.regions()[1].read_only);
+        ram.memory().write_obj(8u8, GuestAddress(at + 9)).unwrap();
+        assert_eq!(byte(), 7, "whoever writes past the guest writes to a copy");
     }
 
     #[test]

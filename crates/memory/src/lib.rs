@@ -1,13 +1,16 @@
 //! Guest physical memory: where RAM lies, the host memory behind it, and who must hear of writes to it.
 //!
-//! RAM is one memfd mapped shared, so that other processes and other mappings see the same bytes. Accesses of devices
+//! RAM is one memfd mapped shared, so that other processes and other mappings see the same bytes. Regions that devices bring
+//! may be mappings of other files. Accesses of devices
 //! and loaders go through the `vm-memory` crate ([`GuestRam::memory`]), which reports each write to the
 //! [`PageTracker`]; accesses of vCPUs go through raw host addresses ([`GuestRam::host_page`]).
 
 mod dirty;
 mod file;
 mod layout;
+mod pluggable;
 mod tracker;
+pub mod vectored;
 
 use std::{
     fs::File,
@@ -17,6 +20,9 @@ use std::{
 
 pub use dirty::DirtyPages;
 pub use layout::Layout;
+use layout::Part;
+use pluggable::Blocks;
+pub use pluggable::{BLOCK_SIZE, Plugged};
 pub use tracker::{PageTracker, WriteListener};
 use vm_memory::bitmap::NewBitmap;
 use vm_memory::mmap::MmapRegionBuilder;
@@ -53,6 +59,19 @@ pub enum MemoryError {
     },
 }
 
+/// What a region is for the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RegionKind {
+    /// RAM that is there from the beginning, as the memory map says.
+    Ram,
+    /// What firmware lies in.
+    Firmware,
+    /// RAM that is plugged in, block by block, and of which a device tells.
+    Pluggable,
+    /// A file, of which a device tells.
+    Persistent,
+}
+
 /// A run of RAM in guest physical space with the host memory behind it.
 #[derive(Clone, Copy, Debug)]
 pub struct RamRegion {
@@ -62,6 +81,8 @@ pub struct RamRegion {
     pub size: u64,
     /// Where the region is mapped in this process.
     pub host: *mut u8,
+    /// What it is for the guest.
+    pub kind: RegionKind,
     /// Guest CPUs cannot change it: their writes are the machine's, as those to addresses without RAM.
     pub read_only: bool,
 }
@@ -83,6 +104,9 @@ struct Inner {
     regions: Vec<RamRegion>,
     trackers: Vec<PageTracker>,
     file: Arc<File>,
+    /// Where each region begins in `file`, unless it is a mapping of another one.
+    offsets: Vec<Option<u64>>,
+    pluggable: Option<Blocks>,
     size: u64,
 }
 
@@ -100,21 +124,17 @@ impl GuestRam {
             .map_err(|e| host(e.into()))?;
         let file = Arc::new(File::from(fd));
         file.set_len(size).map_err(host)?;
-        let (mut mapped, mut trackers, mut offset) = (Vec::new(), Vec::new(), 0);
+        let (mut mapped, mut trackers, mut offsets, mut end) = (Vec::new(), Vec::new(), Vec::new(), 0);
         for part in layout.parts() {
-            let backing = FileOffset::from_arc(file.clone(), offset);
             let tracker = PageTracker::with_len(part.size as usize);
-            let region = MmapRegionBuilder::new_with_bitmap(part.size as usize, tracker.clone())
-                .with_file_offset(backing)
-                .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-                .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
-                .build()
-                .map_err(|e| host(std::io::Error::other(e)))?;
-            let region =
-                GuestRegionMmap::new(region, GuestAddress(part.gpa)).ok_or(MemoryError::Place(part.gpa))?;
-            mapped.push(region);
+            let backing = match &part.file {
+                Some(other) => FileOffset::from_arc(other.clone(), 0),
+                None => FileOffset::from_arc(file.clone(), end),
+            };
+            mapped.push(map(part, backing, &tracker)?);
             trackers.push(tracker);
-            offset += part.size;
+            offsets.push(part.file.is_none().then_some(end));
+            end += if part.file.is_none() { part.size } else { 0 };
         }
         let memory = GuestMemoryMmap::from_regions(mapped).map_err(|e| host(std::io::Error::other(e)))?;
         let regions: Vec<_> = (memory.iter().zip(layout.parts()))
@@ -122,14 +142,18 @@ impl GuestRam {
                 gpa: part.gpa,
                 size: part.size,
                 host: r.as_ptr(),
+                kind: part.kind,
                 read_only: part.read_only,
             })
             .collect();
         regions.iter().for_each(advise_huge);
-        Ok(Self { inner: Arc::new(Inner { memory, regions, trackers, file, size: layout.ram() }) })
+        let pluggable = regions.iter().find(|region| region.kind == RegionKind::Pluggable);
+        let pluggable = pluggable.map(|region| Blocks::new(region.gpa, region.size));
+        let size = layout.ram();
+        Ok(Self { inner: Arc::new(Inner { memory, regions, trackers, file, offsets, pluggable, size }) })
     }
 
-    /// Bytes of RAM, without what is read-only.
+    /// Bytes of RAM that is there from the beginning.
     pub fn size(&self) -> u64 {
         self.inner.size
     }
@@ -141,7 +165,7 @@ impl GuestRam {
     pub fn memory(&self) -> &GuestMemoryMmap {
         &self.inner.memory
     }
-    /// The memfd behind RAM, in which the regions lie one behind the other.
+    /// The memfd behind RAM, in which the regions that are no files' lie one behind the other.
     pub fn raw_fd(&self) -> i32 {
         self.inner.file.as_raw_fd()
     }
@@ -149,11 +173,11 @@ impl GuestRam {
     pub fn file(&self) -> BorrowedFd<'_> {
         self.inner.file.as_fd()
     }
-    /// Where the page that holds `gpa` lies in [`Self::file`]; `None` where there is no RAM.
+    /// Where the page that holds `gpa` lies in [`Self::file`]; `None` where there is no RAM, or memory of another file.
     pub fn file_offset(&self, gpa: u64) -> Option<u64> {
         let index = self.region(gpa)?;
-        let before: u64 = self.inner.regions[..index].iter().map(|r| r.size).sum();
-        Some(before + ((gpa - self.inner.regions[index].gpa) & !(PAGE_SIZE - 1)))
+        let start = self.inner.offsets[index]?;
+        Some(start + ((gpa - self.inner.regions[index].gpa) & !(PAGE_SIZE - 1)))
     }
     /// Host address of the page of RAM that holds `gpa`, or `None` where there is no RAM. The page stays mapped as
     /// long as `self`; whoever writes through the address reports it to [`Self::tracker`].
@@ -177,6 +201,23 @@ impl GuestRam {
     fn region(&self, gpa: u64) -> Option<usize> {
         self.inner.regions.iter().position(|r| gpa.wrapping_sub(r.gpa) < r.size)
     }
+}
+
+/// Maps a part of guest memory. Nobody writes through a mapping of a file that is only read; it is private all the same.
+fn map(
+    part: &Part,
+    backing: FileOffset,
+    tracker: &PageTracker,
+) -> Result<GuestRegionMmap<PageTracker>, MemoryError> {
+    let private = part.read_only && part.file.is_some();
+    let sharing = if private { libc::MAP_PRIVATE } else { libc::MAP_SHARED };
+    let region = MmapRegionBuilder::new_with_bitmap(part.size as usize, tracker.clone())
+        .with_file_offset(backing)
+        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+        .with_mmap_flags(sharing | libc::MAP_NORESERVE)
+        .build()
+        .map_err(|error| MemoryError::Host { size: part.size, source: std::io::Error::other(error) })?;
+    GuestRegionMmap::new(region, GuestAddress(part.gpa)).ok_or(MemoryError::Place(part.gpa))
 }
 
 /// Asks for huge pages behind the region; hosts may ignore it.

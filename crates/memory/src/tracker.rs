@@ -108,8 +108,10 @@ impl Bitmap for PageTracker {
 
 impl NewBitmap for PageTracker {
     fn with_len(len: usize) -> Self {
-        let pages = len.div_ceil(PAGE_SIZE as usize);
-        let pages = (0..pages).map(|_| AtomicU8::new(0)).collect();
+        // Most pages of a large region may never be touched, and then neither is their part of this.
+        let pages = Box::new_zeroed_slice(len.div_ceil(PAGE_SIZE as usize));
+        // SAFETY: zero is a value of every `AtomicU8`.
+        let pages = unsafe { pages.assume_init() };
         Self { inner: Arc::new(Inner { pages, listener: OnceLock::new() }) }
     }
 }

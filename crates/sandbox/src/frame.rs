@@ -64,6 +64,8 @@ const X87: u64 = 1;
 const SSE: u64 = 2;
 const AVX: u64 = 4;
 
+/// In place of the signal's number: the frame is not a new one.
+const ANSWERED: i32 = 0;
 /// `si_code` of signals for which the kernel has no other.
 const SI_KERNEL: i32 = 0x80;
 
@@ -170,9 +172,21 @@ impl Frame {
         self.read(SELECTORS)
     }
 
-    /// Makes everything of the frame beside the registers what it is in 64-bit code that has changed nothing; returns the
-    /// address that the stack pointer has to have for the return. `report` is where the report begins in the sandbox.
+    /// The frame's address in the sandbox.
+    pub fn address(&self) -> u64 {
+        self.address
+    }
+
+    /// Whether [`Frame::prepare`] has been called since the trap.
+    pub fn is_answered(&self) -> bool {
+        self.read::<i32>(INFO) == ANSWERED
+    }
+
+    /// Makes everything of the frame beside the registers what it is in 64-bit code that has changed nothing, and marks it as
+    /// answered; returns the address that the stack pointer has to have for the return. `report` is where the report begins in
+    /// the sandbox.
     pub fn prepare(&mut self, report: u64) -> u64 {
+        self.write(INFO, ANSWERED);
         self.write(SELECTORS, [CS, 0, 0, SS]);
         self.write(SIGNAL_MASK, 0u64);
         self.write(SIGNAL_STACK, [report + STACK_OFFSET, 0, REPORT_SIZE - STACK_OFFSET]);

@@ -166,7 +166,8 @@ impl Sandbox {
             free: Vec::new(),
         };
         // The thread's first trap says that it is there; no user code has run before.
-        sandbox.wait().map_err(io::Error::other)?;
+        let stop = sandbox.receive().map_err(io::Error::other)?;
+        sandbox.trap(&stop).map_err(io::Error::other)?;
         sandbox.thread = sandbox.shared.report().thread;
         Ok(sandbox)
     }
@@ -272,16 +273,43 @@ impl Sandbox {
     /// [`SandboxError::Ended`] and [`SandboxError::Refused`]. The registers are those before, and nothing can be done with the
     /// sandbox any more.
     pub fn run(&mut self) -> Result<Trap, SandboxError> {
+        self.prepare();
+        let ordered = !self.queue.is_empty();
+        let mut answered = if ordered {
+            self.carry_out()?;
+            true
+        } else {
+            answer(&self.listener, self.stop)
+        };
+        loop {
+            let stop = self.receive().map_err(|error| match error {
+                SandboxError::Ended if !answered => SandboxError::Refused,
+                error => error,
+            })?;
+            if !self.is_again(&stop) {
+                return self.trap(&stop);
+            }
+            // The stub may still be at work, and user code must not see mappings of before.
+            if ordered {
+                self.wait_for_order()?;
+            }
+            self.prepare();
+            answered = answer(&self.listener, stop.id);
+        }
+    }
+
+    /// Makes the frame and the report ready for the return to user code.
+    fn prepare(&mut self) {
         let frame = self.frame.prepare(self.stub.report());
         let report = self.shared.report();
         (report.fs_base, report.gs_base, report.frame) = (self.fs_base, self.gs_base, frame);
         report.flags = self.frame.registers().rflags & NESTED_AND_ID;
-        if self.queue.is_empty() {
-            answer(&self.listener, self.stop)?;
-        } else {
-            self.carry_out()?;
-        }
-        self.wait()
+    }
+
+    /// Whether a stop is the last one once more. The host makes the stub's call again where it has interrupted it to stop the
+    /// process (job control, a freezer), and has lost the answer, if there was one.
+    fn is_again(&self, stop: &Stop) -> bool {
+        stop.args[0] == self.frame.address() && self.frame.is_answered()
     }
 
     /// Has the queued calls made, the last of which is the answer to the stop.
@@ -327,9 +355,8 @@ impl Sandbox {
         if refused { SandboxError::Refused } else { SandboxError::Ended }
     }
 
-    /// Waits for the next stop.
-    fn wait(&mut self) -> Result<Trap, SandboxError> {
-        let stop = self.receive()?;
+    /// Why user code has stopped.
+    fn trap(&mut self, stop: &Stop) -> Result<Trap, SandboxError> {
         self.kicker.pending.store(false, Ordering::SeqCst);
         self.stop = stop.id;
         [_, self.fs_base, self.gs_base, ..] = stop.args;
@@ -347,7 +374,7 @@ impl Sandbox {
     }
 
     fn receive(&mut self) -> Result<Stop, SandboxError> {
-        let (mut unheard, mut deaf) = (0, 0);
+        let (mut unheard, mut deaf) = (false, Deaf::default());
         loop {
             let ready = poll(&mut [PollFd::new(&self.listener, PollFlags::IN)], Some(&PATIENCE));
             if let Ok(1..) = ready
@@ -356,12 +383,24 @@ impl Sandbox {
                 return Ok(stop);
             }
             // A kick that is not heard: user code has blocked the signal, or the host is very busy.
-            unheard += u32::from(self.kicker.pending.load(Ordering::SeqCst));
-            deaf = if unheard > 0 && self.blocks_kicks() { deaf + 1 } else { 0 };
-            if deaf > DEAF || !matches!(self.child.0.try_wait(), Ok(None)) {
+            unheard |= self.kicker.pending.load(Ordering::SeqCst);
+            // A thread that cannot be seen is given up.
+            let cpu = self.cpu_ticks();
+            let lost = unheard && cpu.is_none_or(|cpu| deaf.is_for_good(self.blocks_kicks(), cpu));
+            if lost || !matches!(self.child.0.try_wait(), Ok(None)) {
                 return Err(self.end());
             }
         }
+    }
+
+    /// The CPU time of the thread of user code, in the kernel's ticks.
+    fn cpu_ticks(&self) -> Option<u64> {
+        let stat = format!("/proc/{}/task/{}/stat", self.child.0.id(), self.thread);
+        let text = std::fs::read_to_string(stat).ok()?;
+        // Behind the name in parentheses: times in user and in system mode are fields 14 and 15 (proc(5)).
+        let (_, rest) = text.rsplit_once(')')?;
+        let mut ticks = rest.split_whitespace().skip(11).map(|field| field.parse::<u64>().ok());
+        Some(ticks.next()?? + ticks.next()??)
     }
 
     /// Whether the thread of user code blocks the signal. The stub's handler does, but not for long.
@@ -369,7 +408,6 @@ impl Sandbox {
         let status = format!("/proc/{}/task/{}/status", self.child.0.id(), self.thread);
         let text = std::fs::read_to_string(status).unwrap_or_default();
         let blocked = text.lines().find_map(|line| line.strip_prefix("SigBlk:"));
-        // A thread that cannot be seen is given up.
         let mask = blocked.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(u64::MAX);
         mask >> (KICK - 1) & 1 != 0
     }
@@ -437,8 +475,26 @@ impl Kicker {
 
 /// After this time, see whether the sandbox is still there.
 const PATIENCE: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
-/// So often in a row the signal may be found blocked while a kick is not heard.
-const DEAF: u32 = 5;
+/// CPU time for which the signal may be blocked while a kick is not heard, in the kernel's ticks: 200 ms.
+const DEAF: u64 = 20;
+
+/// A thread that blocks the signal while a kick waits. The stub's handler does for some microseconds of CPU time, however
+/// long a busy host takes to give it those; user code that blocks it for good uses up more.
+#[derive(Debug, Default)]
+struct Deaf {
+    /// Its CPU time when it was found so.
+    since: Option<u64>,
+}
+
+impl Deaf {
+    /// Takes what was found, and says whether it is more than a handler that is on its way.
+    fn is_for_good(&mut self, blocked: bool, cpu: u64) -> bool {
+        let since = *self.since.get_or_insert(cpu);
+        self.since = Some(since).filter(|_| blocked);
+        blocked && cpu.saturating_sub(since) >= DEAF
+    }
+}
+
 /// RFLAGS.NT and RFLAGS.ID.
 const NESTED_AND_ID: u64 = 1 << 14 | 1 << 21;
 /// Copied pages at most.
@@ -518,12 +574,11 @@ fn receive_stop(listener: &OwnedFd) -> Option<Stop> {
     (done == 0).then(|| unsafe { stop.assume_init() })
 }
 
-fn answer(listener: &OwnedFd, stop: u64) -> Result<(), SandboxError> {
+/// Whether the stop was still there.
+fn answer(listener: &OwnedFd, stop: u64) -> bool {
     let mut answer = [stop, 0, 0];
     // SAFETY: the structure has the size that the request names.
-    let done = unsafe { libc::ioctl(listener.as_raw_fd(), SEND, answer.as_mut_ptr()) };
-    // It was killed while it was stopped.
-    if done == 0 { Ok(()) } else { Err(SandboxError::Refused) }
+    unsafe { libc::ioctl(listener.as_raw_fd(), SEND, answer.as_mut_ptr()) == 0 }
 }
 
 /// Whether Linux has enabled RDFSBASE and its like (`HWCAP2_FSGSBASE`).

@@ -38,6 +38,7 @@ global_asm!(
     futex_wait = const libc::FUTEX_WAIT,
     futex_wake = const libc::FUTEX_WAKE,
     clone = const libc::SYS_clone,
+    ioctl = const libc::SYS_ioctl,
     exit_group = const libc::SYS_exit_group,
     rt_sigreturn = const libc::SYS_rt_sigreturn,
     prctl = const libc::SYS_prctl,

@@ -55,6 +55,9 @@ ruse_stub_start:
     mov r9, [r13 + {args} + 40]
     mov rax, [r13]
     syscall
+    // The answer to a stop that is not there any more: it comes again, and the monitor answers.
+    cmp qword ptr [r13], {ioctl}
+    je 5f
     test rax, rax
     js 9f
     cmp qword ptr [r13], {clone}

@@ -83,6 +83,66 @@ fn no_number_is_a_system_call_that_runs() {
     }
 }
 
+/// The host stops processes for job control, debuggers, and to freeze groups of them.
+fn while_the_host_stops_it<R>(sandbox: &mut Sandbox, body: impl FnOnce(&mut Sandbox) -> R) -> R {
+    let process = Pid::from_child(&sandbox.child.0);
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                for signal in [Signal::STOP, Signal::CONT] {
+                    rustix::process::kill_process(process, signal).unwrap();
+                }
+            }
+        });
+        let result = body(sandbox);
+        done.store(true, Ordering::Relaxed);
+        result
+    })
+}
+
+#[test]
+fn a_process_that_the_host_stops_and_continues_traps_once_for_each_reason() {
+    // inc rbx; mov eax, ebx; syscall; jmp back
+    let mut sandbox = with_code(&[0x48, 0xff, 0xc3, 0x89, 0xd8, 0x0f, 0x05, 0xeb, 0xf7]);
+    let found: Vec<_> = while_the_host_stops_it(&mut sandbox, |sandbox| {
+        let turns = (1..=20_000).map(|n| {
+            let trap = sandbox.run().map_err(|error| error.to_string());
+            let registers = sandbox.registers();
+            sandbox.set_registers(&Registers { rax: u64::MAX, ..registers });
+            if n % 3 == 0 {
+                // The stub answers.
+                sandbox.map(DATA, PAGE, 2 * PAGE, Rights::default()).unwrap();
+            }
+            (trap, registers.rax, registers.rbx, n)
+        });
+        let wrong = |&(ref trap, rax, rbx, n): &_| (trap, rax, rbx) != (&Ok(Trap::SystemCall), n, n);
+        turns.filter(wrong).take(3).collect()
+    });
+    assert_eq!(found, []);
+}
+
+#[test]
+fn a_process_that_the_host_stops_and_continues_sees_all_changes_of_its_mappings() {
+    // mov eax, [rdi]; syscall; jmp back
+    let code = [0x8b, 0x07, 0x0f, 0x05, 0xeb, 0xfa];
+    let pages = [2u8, 3].map(|number| [number; PAGE as usize]);
+    let mut sandbox = with_memory(&code, pages.as_flattened());
+    sandbox.set_registers(&Registers { rdi: DATA, ..sandbox.registers() });
+    let found: Vec<_> = while_the_host_stops_it(&mut sandbox, |sandbox| {
+        let turns = (1..=1_000).map(|n| {
+            let page = 2 + n % 2;
+            for other in (0..20).rev() {
+                sandbox.map(DATA + other * PAGE, PAGE, page * PAGE, Rights::default()).unwrap();
+            }
+            let trap = sandbox.run().map_err(|error| error.to_string());
+            (trap, sandbox.registers().rax / 0x0101_0101, page, n)
+        });
+        turns.filter(|(trap, seen, page, _)| (trap, seen) != (&Ok(Trap::SystemCall), page)).take(3).collect()
+    });
+    assert_eq!(found, []);
+}
+
 #[test]
 fn page_faults_say_where_and_why() {
     // mov [rax], eax with RAX = 0
@@ -262,4 +322,15 @@ mod hostile {
         assert!(started.elapsed() > Duration::from_millis(20));
         thread.join().unwrap();
     }
+}
+
+#[test]
+fn a_handler_that_waits_for_a_cpu_is_not_taken_for_a_blocker() {
+    let mut deaf = Deaf::default();
+    // Found in the handler again and again, but it has hardly run.
+    assert!((0..100).all(|_| !deaf.is_for_good(true, 7)));
+    assert!(!deaf.is_for_good(true, 7 + DEAF - 1));
+    assert!(!deaf.is_for_good(false, 7 + DEAF), "it was elsewhere in between");
+    assert!(!deaf.is_for_good(true, 7 + DEAF) && !deaf.is_for_good(true, 6 + 2 * DEAF));
+    assert!(deaf.is_for_good(true, 7 + 2 * DEAF));
 }

@@ -1,10 +1,12 @@
 //! What a driver has made available at once: buffers that the device reads, then buffers that it writes.
 
+use serde::{Deserialize, Serialize};
+
 use crate::dma::{Dma, GuestSlice};
 use crate::ring::RingError;
 
 /// A run of guest memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Buffer {
     /// Guest physical address.
     pub at: u64,
@@ -13,7 +15,7 @@ pub struct Buffer {
 }
 
 /// A descriptor chain without its descriptors.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Chain {
     /// What the driver knows it by.
     pub(crate) id: u16,
@@ -51,6 +53,16 @@ impl Chain {
     /// Buffers in it.
     pub(crate) fn len(&self) -> usize {
         self.readable.len() + self.writable.len()
+    }
+
+    /// The buffers for the device to read.
+    pub fn readable(&self) -> &[Buffer] {
+        &self.readable
+    }
+
+    /// The buffers for the device to write.
+    pub fn writable(&self) -> &[Buffer] {
+        &self.writable
     }
 
     /// Bytes for the device to read.

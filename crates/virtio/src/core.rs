@@ -32,6 +32,8 @@ pub struct Work {
     pub index: u16,
     /// The features.
     pub features: u64,
+    /// How often the device has been reset: what a handler keeps about its driver ends when it changes.
+    pub resets: u64,
     /// The queue.
     pub queue: Queue,
 }
@@ -54,6 +56,8 @@ struct Slot {
     place: Place,
     /// It is to be reset when it has come back (2.6.1).
     resetting: bool,
+    /// Somebody outside may still touch its buffers ([`Served::outside`]).
+    outside: bool,
 }
 
 impl Slot {
@@ -63,7 +67,12 @@ impl Slot {
             layout: Layout { size: most, ..Layout::default() },
             place: Place::Nowhere,
             resetting: false,
+            outside: false,
         }
+    }
+
+    fn is_busy(&self) -> bool {
+        self.outside || self.place == Place::Away
     }
 }
 
@@ -74,6 +83,7 @@ pub struct Core {
     driver_features: u64,
     generation: u8,
     slots: Vec<Slot>,
+    resets: u64,
     /// All is to be reset when the last queue has come back. Until then the driver sees the old status.
     resetting: bool,
     notices: Vec<Notice>,
@@ -108,6 +118,7 @@ impl Core {
             driver_features: 0,
             generation: 0,
             slots,
+            resets: 0,
             resetting: false,
             notices: Vec::new(),
         }
@@ -149,6 +160,8 @@ impl Core {
     pub fn set_status(&mut self, value: u8) {
         if value == 0 {
             self.resetting = true;
+            let outside = |index: &u16| self.slots[usize::from(*index)].outside;
+            self.notices.extend((0..self.slots.len() as u16).filter(outside).map(Notice::Serve));
             self.finish_reset();
             return;
         }
@@ -176,15 +189,22 @@ impl Core {
     fn finish_reset(&mut self) {
         if self.resetting && !self.is_busy() {
             self.resetting = false;
+            self.resets += 1;
             (self.status, self.driver_features, self.generation) = (0, 0, 0);
             self.slots = self.slots.iter().map(|slot| Slot::new(slot.most)).collect();
-            self.notices.clear();
+            // Whoever serves a queue learns that its driver has gone.
+            self.notices = (0..self.slots.len() as u16).map(Notice::Serve).collect();
         }
     }
 
-    /// Whether a queue is lent.
+    /// How often the device has been reset.
+    pub fn resets(&self) -> u64 {
+        self.resets
+    }
+
+    /// Whether a queue is lent, or its buffers are.
     pub fn is_busy(&self) -> bool {
-        self.slots.iter().any(|slot| slot.place == Place::Away)
+        self.slots.iter().any(Slot::is_busy)
     }
 
     /// Whether the driver has the device running.
@@ -248,22 +268,40 @@ impl Core {
 
     /// The driver resets queue `index` alone.
     pub fn reset_queue(&mut self, index: u16) {
-        if self.driver_features & features::RING_RESET != 0
-            && let Some(slot) = self.slots.get_mut(usize::from(index))
-        {
-            match slot.place {
-                Place::Away => slot.resetting = true,
-                Place::Here(_) | Place::Nowhere => *slot = Slot::new(slot.most),
+        if self.driver_features & features::RING_RESET != 0 {
+            self.stop_queue(index);
+        }
+    }
+
+    /// The driver does without queue `index`, which stays enabled until it has come back.
+    pub fn stop_queue(&mut self, index: u16) {
+        if let Some(slot) = self.slots.get_mut(usize::from(index)) {
+            if slot.is_busy() {
+                slot.resetting = true;
+                // Its handler takes back what is outside.
+                self.notices.extend(slot.outside.then_some(Notice::Serve(index)));
+            } else {
+                *slot = Slot::new(slot.most);
             }
         }
     }
 
+    /// Nobody outside touches buffers of queue `index` any more, and what was not answered is forgotten.
+    pub fn recalled(&mut self, index: u16) {
+        let Some(slot) = self.slots.get_mut(usize::from(index)).filter(|slot| slot.outside) else { return };
+        slot.outside = false;
+        if slot.resetting {
+            *slot = Slot::new(slot.most);
+        }
+        self.finish_reset();
+    }
+
     /// Lends queue `index` to its handler, if there is anything to be served.
     pub fn begin(&mut self, index: u16) -> Option<Work> {
-        let live = self.is_live();
-        let slot = self.slots.get_mut(usize::from(index)).filter(|_| live)?;
+        let (live, resets) = (self.is_live(), self.resets);
+        let slot = self.slots.get_mut(usize::from(index)).filter(|slot| live && !slot.resetting)?;
         match std::mem::replace(&mut slot.place, Place::Away) {
-            Place::Here(queue) => Some(Work { index, features: self.driver_features, queue }),
+            Place::Here(queue) => Some(Work { index, features: self.driver_features, resets, queue }),
             other => {
                 slot.place = other;
                 None
@@ -275,13 +313,15 @@ impl Core {
     pub fn finish(&mut self, work: Work, result: Result<Served, RingError>) -> bool {
         let Some(slot) = self.slots.get_mut(usize::from(work.index)) else { return false };
         let over = slot.resetting || self.resetting;
-        if slot.resetting {
-            *slot = Slot::new(slot.most);
-        } else {
-            slot.place = Place::Here(work.queue);
-        }
+        slot.place = Place::Here(work.queue);
+        slot.outside = result.as_ref().is_ok_and(|served| served.outside);
         if over {
             // Nobody waits for what has come of it.
+            if slot.outside {
+                self.notices.push(Notice::Serve(work.index));
+            } else if slot.resetting {
+                *slot = Slot::new(slot.most);
+            }
             self.finish_reset();
             return false;
         }
@@ -322,8 +362,16 @@ impl Core {
         }
     }
 
-    /// The state to save; `None` while a queue is lent.
+    /// The driver writes bytes at `offset` of the configuration.
+    pub fn config_write(&mut self, offset: u64, data: &[u8]) {
+        self.device.write_config(offset, data);
+    }
+
+    /// The state to save; `None` while a queue is lent, or its buffers are.
     pub fn state(&self) -> Option<CoreState> {
+        if self.is_busy() {
+            return None;
+        }
         let queue = |slot: &Slot| match &slot.place {
             Place::Here(queue) => Some((slot.layout, Some(queue.clone()))),
             Place::Nowhere => Some((slot.layout, None)),

@@ -81,14 +81,14 @@ mod tests {
         let dma = Dma::new(&ram);
         let mut driver = Driver::new(0x1_0000, 8, 0);
         let queue = Queue::new(driver.layout, 0).unwrap();
-        let mut work = Work { index: 0, features: 0, queue };
+        let mut work = Work { index: 0, features: 0, resets: 0, queue };
         for at in [0x4_0000, 0x4_1000] {
             driver.add(&dma, &[(Buffer { at, len: 600 }, true)], false).unwrap();
         }
         driver.add(&dma, &[(Buffer { at: 0x5_0000, len: 0x8_0000 }, true)], false).unwrap();
         driver.add(&dma, &[(Buffer { at: 0x5_0000, len: 8 }, false)], false).unwrap();
         let served = EntropyHandler.serve(&mut work, &dma).unwrap();
-        assert_eq!(served, Served { interrupt: true, more: false });
+        assert_eq!(served, Served { interrupt: true, more: false, ..Served::default() });
         let written: Vec<_> = std::iter::from_fn(|| driver.take(&dma)).map(|(_, written)| written).collect();
         assert_eq!(written, [600, 600, MOST as u32, 0]);
         let [mut one, mut other, mut behind] = [[0; 600]; 3];

@@ -6,18 +6,27 @@
 //! does it touch guest memory. A reset that the guest asks for meanwhile is complete when the queue has come back, which
 //! the guest sees in the status register.
 
+pub mod balloon;
 pub mod block;
 mod chain;
+pub mod console;
 mod core;
 mod device;
 mod dma;
 pub mod entropy;
 pub mod features;
+pub mod fs;
+pub mod listener;
+pub mod mem;
 mod mmio;
+pub mod net;
 mod pci;
+pub mod pmem;
 pub mod ring;
 #[cfg(test)]
 mod testing;
+mod transport;
+pub mod vsock;
 
 pub use self::core::{Core, CoreState, Notice, Work};
 pub use chain::{Buffer, Chain};
@@ -25,3 +34,4 @@ pub use device::{Device, Handler, Identity, Served, serve};
 pub use dma::{Dma, GuestSlice};
 pub use mmio::{VirtioMmio, VirtioMmioState};
 pub use pci::{VirtioPci, VirtioPciState};
+pub use transport::Transport;

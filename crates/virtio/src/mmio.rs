@@ -1,11 +1,12 @@
 //! virtio over memory-mapped registers (virtio 1.2, 4.2), for machines without PCI.
 
+use ruse_devices::pci::IntxLevel;
 use ruse_devices::{Access, Device as RegisterDevice, Effects, Ring};
 use serde::{Deserialize, Serialize};
 
-use crate::core::{Core, CoreState, Notice, Work};
-use crate::device::{Device, Served};
-use crate::ring::RingError;
+use crate::core::{Core, CoreState, Notice};
+use crate::device::Device;
+use crate::transport::Transport;
 
 /// "virt".
 const MAGIC: u32 = 0x7472_6976;
@@ -74,43 +75,12 @@ pub struct VirtioMmioState {
 impl VirtioMmio {
     /// Bytes of its registers.
     pub const LEN: u64 = 0x200;
+    /// Offset of the doorbell of all queues: a double word, into which a queue's number is written.
+    pub const NOTIFY: u64 = register::NOTIFY;
 
-    /// A device whose interrupt is line `gsi` and whose doorbells are those of `source`.
+    /// A device whose interrupt is line `gsi`, and whose pin and doorbells are those of `source`.
     pub fn new(source: u16, gsi: u8, device: Box<dyn Device>) -> Self {
         Self { core: Core::new(device), source, gsi, line: false, registers: Registers::default() }
-    }
-
-    /// Lends a queue to its handler ([`Core::begin`]).
-    pub fn begin(&mut self, queue: u16) -> Option<Work> {
-        self.core.begin(queue)
-    }
-
-    /// Takes a queue back ([`Core::finish`]).
-    pub fn finish(&mut self, access: &mut Access, work: Work, result: Result<Served, RingError>) -> bool {
-        let more = self.core.finish(work, result);
-        self.settle(access.effects);
-        more
-    }
-
-    /// The device's configuration has changed.
-    pub fn config_changed(&mut self, access: &mut Access) {
-        self.core.config_changed();
-        self.settle(access.effects);
-    }
-
-    fn settle(&mut self, effects: &mut Effects) {
-        for notice in self.core.take_notices() {
-            match notice {
-                Notice::Used(_) => self.registers.interrupts |= INTERRUPT_QUEUE,
-                Notice::Config => self.registers.interrupts |= INTERRUPT_CONFIG,
-                Notice::Serve(number) => effects.rings.push(Ring { source: self.source, number }),
-            }
-        }
-        let level = self.registers.interrupts != 0;
-        if level != self.line {
-            self.line = level;
-            effects.line(self.gsi, level);
-        }
     }
 
     fn read_register(&self, at: u64) -> u32 {
@@ -150,6 +120,7 @@ impl VirtioMmio {
                 self.core.set_layout(queue, |layout| layout.size = size);
             }
             register::QUEUE_READY if value == 1 => self.core.enable(queue),
+            register::QUEUE_READY if value == 0 => self.core.stop_queue(queue),
             register::NOTIFY => {
                 if value < self.core.queues().into() {
                     effects.rings.push(Ring { source: self.source, number: value as u16 });
@@ -195,6 +166,32 @@ impl VirtioMmio {
     }
 }
 
+impl Transport for VirtioMmio {
+    fn core(&self) -> &Core {
+        &self.core
+    }
+
+    fn core_mut(&mut self) -> &mut Core {
+        &mut self.core
+    }
+
+    /// The interrupt is asserted as long as its status is not zero (4.2.3.4).
+    fn settle(&mut self, effects: &mut Effects) {
+        for notice in self.core.take_notices() {
+            match notice {
+                Notice::Used(_) => self.registers.interrupts |= INTERRUPT_QUEUE,
+                Notice::Config => self.registers.interrupts |= INTERRUPT_CONFIG,
+                Notice::Serve(number) => effects.rings.push(Ring { source: self.source, number }),
+            }
+        }
+        let level = self.registers.interrupts != 0;
+        if level != self.line {
+            self.line = level;
+            effects.intx.push(IntxLevel { source: self.source, gsi: self.gsi, level });
+        }
+    }
+}
+
 impl RegisterDevice for VirtioMmio {
     /// Registers are read as whole double words, the configuration in any width (4.2.2.2).
     fn read(&mut self, _access: &mut Access, offset: u64, data: &mut [u8]) {
@@ -206,10 +203,12 @@ impl RegisterDevice for VirtioMmio {
     }
 
     fn write(&mut self, access: &mut Access, offset: u64, data: &[u8]) {
-        if let (0..register::CONFIG, &[a, b, c, d]) = (offset, data)
-            && offset.is_multiple_of(4)
-        {
-            self.write_register(access.effects, offset, u32::from_le_bytes([a, b, c, d]));
+        match (offset.checked_sub(register::CONFIG), data) {
+            (Some(offset), data) => self.core.config_write(offset, data),
+            (None, &[a, b, c, d]) if offset.is_multiple_of(4) => {
+                self.write_register(access.effects, offset, u32::from_le_bytes([a, b, c, d]));
+            }
+            _ => {}
         }
     }
 

@@ -12,9 +12,9 @@ use ruse_devices::pci::{
 use ruse_devices::{Access, Effects, Ring};
 use serde::{Deserialize, Serialize};
 
-use crate::core::{Core, CoreState, Notice, Work};
-use crate::device::{Device, Served};
-use crate::ring::RingError;
+use crate::core::{Core, CoreState, Notice};
+use crate::device::Device;
+use crate::transport::Transport;
 
 /// Vendor, and the first device id (4.1.2).
 const VENDOR: u16 = 0x1af4;
@@ -138,44 +138,6 @@ impl VirtioPci {
         self.pin.source()
     }
 
-    /// Lends a queue to its handler ([`Core::begin`]).
-    pub fn begin(&mut self, queue: u16) -> Option<Work> {
-        self.core.begin(queue)
-    }
-
-    /// Takes a queue back ([`Core::finish`]).
-    pub fn finish(&mut self, access: &mut Access, work: Work, result: Result<Served, RingError>) -> bool {
-        let more = self.core.finish(work, result);
-        self.settle(access.effects);
-        more
-    }
-
-    /// The device's configuration has changed.
-    pub fn config_changed(&mut self, access: &mut Access) {
-        self.core.config_changed();
-        self.settle(access.effects);
-    }
-
-    /// Whether a queue is lent.
-    pub fn is_busy(&self) -> bool {
-        self.core.is_busy()
-    }
-
-    /// Passes notices on, and brings the pin up to date.
-    fn settle(&mut self, effects: &mut Effects) {
-        for notice in self.core.take_notices() {
-            match notice {
-                Notice::Used(queue) => {
-                    let vector = self.vectors.queues.get(usize::from(queue)).copied();
-                    self.interrupt(effects, vector.unwrap_or(NO_VECTOR), ISR_QUEUE);
-                }
-                Notice::Config => self.interrupt(effects, self.vectors.config, ISR_CONFIG),
-                Notice::Serve(queue) => effects.rings.push(Ring { source: self.source(), number: queue }),
-            }
-        }
-        self.pin.set(effects, &self.space, self.isr != 0);
-    }
-
     fn interrupt(&mut self, effects: &mut Effects, vector: u16, isr: u8) {
         if self.msix.is_enabled(&self.space) {
             self.msix.raise(effects, &self.space, vector);
@@ -209,6 +171,7 @@ impl VirtioPci {
                     effects.rings.push(Ring { source: self.source(), number });
                 }
             }
+            DEVICE_CONFIG..NOTIFY => self.core.config_write(offset - DEVICE_CONFIG, data),
             TABLE..PENDING => self.msix.table_write(effects, &self.space, offset - TABLE, data),
             _ => {}
         }
@@ -243,6 +206,31 @@ impl VirtioPci {
         (self.selected, self.isr) = (state.selected, state.isr);
         self.vectors = state.vectors.clone();
         self.settle(access.effects);
+    }
+}
+
+impl Transport for VirtioPci {
+    fn core(&self) -> &Core {
+        &self.core
+    }
+
+    fn core_mut(&mut self) -> &mut Core {
+        &mut self.core
+    }
+
+    /// Passes notices on, and brings the pin up to date.
+    fn settle(&mut self, effects: &mut Effects) {
+        for notice in self.core.take_notices() {
+            match notice {
+                Notice::Used(queue) => {
+                    let vector = self.vectors.queues.get(usize::from(queue)).copied();
+                    self.interrupt(effects, vector.unwrap_or(NO_VECTOR), ISR_QUEUE);
+                }
+                Notice::Config => self.interrupt(effects, self.vectors.config, ISR_CONFIG),
+                Notice::Serve(queue) => effects.rings.push(Ring { source: self.source(), number: queue }),
+            }
+        }
+        self.pin.set(effects, &self.space, self.isr != 0);
     }
 }
 

@@ -11,6 +11,8 @@ mod split;
 #[cfg(test)]
 mod tests;
 
+use std::collections::VecDeque;
+
 use serde::{Deserialize, Serialize};
 
 use crate::chain::Chain;
@@ -19,7 +21,7 @@ use crate::features;
 use packed::Packed;
 use split::Split;
 
-/// What a driver has done to a queue that makes it unusable.
+/// What makes a queue unusable, most often something that its driver has done.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum RingError {
     /// There is no RAM.
@@ -39,6 +41,9 @@ pub enum RingError {
     /// A chain of descriptors is broken.
     #[error("a broken chain: {0}")]
     Chain(&'static str),
+    /// No fault of the driver's: whoever serves the queue outside this process cannot go on.
+    #[error("what serves the device has failed")]
+    Backend,
 }
 
 /// Where a queue lies and how large it is (4.1.4.3).
@@ -63,6 +68,8 @@ pub struct Queue {
     /// Chains may be in tables of their own (VIRTIO_F_INDIRECT_DESC).
     indirect: bool,
     ring: Ring,
+    /// Chains that were taken from the ring and put back.
+    put_back: VecDeque<Chain>,
     /// Entries used since the driver was last asked whether it wants to know.
     unsignalled: u16,
 }
@@ -89,25 +96,52 @@ impl Queue {
             event_index: features & features::EVENT_IDX != 0,
             indirect: features & features::INDIRECT_DESC != 0,
             ring,
+            put_back: VecDeque::new(),
             unsignalled: 0,
         })
     }
 
-    /// Takes the next chain that is available.
+    /// Entries.
+    pub fn size(&self) -> u16 {
+        self.layout.size
+    }
+
+    /// Takes the next chain that is available. A copy of the queue from before knows nothing of it, which takes it back
+    /// as long as nothing was pushed.
     pub fn pop(&mut self, dma: &Dma) -> Result<Option<Chain>, RingError> {
+        if let Some(chain) = self.put_back.pop_front() {
+            return Ok(Some(chain));
+        }
         match &mut self.ring {
             Ring::Split(ring) => ring.pop(&self.layout, self.indirect, dma),
             Ring::Packed(ring) => ring.pop(&self.layout, self.indirect, dma),
         }
     }
 
+    /// Puts a chain back that was taken and not answered: it is the next one to be taken. The ring does not keep it: where
+    /// others were answered meanwhile, the driver may have used its place again.
+    pub fn put_back(&mut self, chain: Chain) {
+        self.put_back.push_front(chain);
+    }
+
     /// Gives a chain back, into which the device has written `written` bytes.
     pub fn push(&mut self, dma: &Dma, chain: &Chain, written: u32) -> Result<(), RingError> {
-        match &mut self.ring {
-            Ring::Split(ring) => ring.push(&self.layout, dma, chain.id, written)?,
-            Ring::Packed(ring) => ring.push(&self.layout, dma, chain, written)?,
-        }
-        let entries = if matches!(self.ring, Ring::Split(_)) { 1 } else { chain.entries };
+        self.push_together(dma, &[(chain, written)])
+    }
+
+    /// Gives chains back of which the driver must not see one before all are there, as it expects of the buffers of one
+    /// packet (5.1.6.4).
+    pub fn push_together(&mut self, dma: &Dma, chains: &[(&Chain, u32)]) -> Result<(), RingError> {
+        let entries = match &mut self.ring {
+            Ring::Split(ring) => {
+                ring.push(&self.layout, dma, chains)?;
+                chains.len() as u16
+            }
+            Ring::Packed(ring) => {
+                ring.push(&self.layout, dma, chains)?;
+                chains.iter().map(|(chain, _)| chain.entries).sum()
+            }
+        };
         self.unsignalled = self.unsignalled.saturating_add(entries);
         Ok(())
     }
@@ -147,6 +181,7 @@ impl Queue {
         // The driver has to see that before it is looked whether there is more.
         std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
         match &self.ring {
+            _ if !self.put_back.is_empty() => Ok(true),
             Ring::Split(ring) => ring.is_available(&self.layout, dma),
             Ring::Packed(ring) => ring.is_available(&self.layout, dma),
         }

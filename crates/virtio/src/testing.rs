@@ -6,8 +6,14 @@ use crate::dma::Dma;
 use crate::features;
 use crate::ring::RingError;
 
-/// Two queues, one feature, and a configuration of five bytes.
-pub(crate) struct Echo;
+/// Two queues, one feature, and a configuration of five bytes of which the driver can write the last.
+pub(crate) struct Echo(u8);
+
+impl Echo {
+    pub(crate) fn new() -> Self {
+        Self(5)
+    }
+}
 
 impl Device for Echo {
     fn identity(&self) -> Identity {
@@ -20,7 +26,12 @@ impl Device for Echo {
         vec![8, 16]
     }
     fn config(&self) -> Vec<u8> {
-        vec![1, 2, 3, 4, 5]
+        vec![1, 2, 3, 4, self.0]
+    }
+    fn write_config(&mut self, offset: u64, data: &[u8]) {
+        if let (4, &[byte, ..]) = (offset, data) {
+            self.0 = byte;
+        }
     }
 }
 

@@ -27,10 +27,33 @@ fn signal(event: &OwnedFd) {
     let _ = rustix::io::write(event, &1u64.to_ne_bytes());
 }
 
+/// Says whether the engine catches a doorbell from now on. If not, its writes are accesses like others.
+fn catch(engine: &dyn Doorbells, doorbell: Doorbell, event: &OwnedFd) -> bool {
+    let added = event
+        .try_clone()
+        .map_err(|error| error.to_string())
+        .and_then(|event| engine.add(doorbell, event).map_err(|error| error.to_string()));
+    if let Err(error) = &added {
+        tracing::warn!(error, ?doorbell, "a doorbell goes the long way");
+    }
+    added.is_ok()
+}
+
 impl Bells {
     /// From now on a ring signals `event`, an eventfd.
     pub(crate) fn add(&self, ring: Ring, event: OwnedFd) {
         lock(&self.events).insert(ring, event);
+    }
+
+    /// From now on the rings of a device signal nobody; who serves it is woken a last time.
+    pub(crate) fn remove(&self, source: u16) {
+        lock(&self.events).retain(|ring, event| {
+            let stays = ring.source != source;
+            if !stays {
+                signal(event);
+            }
+            stays
+        });
     }
 
     /// Signals the eventfd of a doorbell that the engine has not caught.
@@ -45,7 +68,7 @@ impl Bells {
         lock(&self.events).values().for_each(signal);
     }
 
-    /// The doorbells are at other addresses. Where the engine cannot catch one, its writes are accesses like others.
+    /// The doorbells of PCI functions are at other addresses.
     pub(crate) fn move_to(&self, engine: &dyn Doorbells, now: &[PciDoorbell]) {
         let events = lock(&self.events);
         let mut caught = lock(&self.caught);
@@ -59,14 +82,16 @@ impl Bells {
         for bell in now {
             let ring = Ring { source: bell.source, number: bell.number };
             let Some(event) = events.get(&ring).filter(|_| !caught.contains(bell)) else { continue };
-            let added = event
-                .try_clone()
-                .map_err(|error| error.to_string())
-                .and_then(|event| engine.add(doorbell(bell), event).map_err(|error| error.to_string()));
-            match added {
-                Ok(()) => caught.push(*bell),
-                Err(error) => tracing::warn!(error, ?bell, "a doorbell goes the long way"),
+            if catch(engine, doorbell(bell), event) {
+                caught.push(*bell);
             }
+        }
+    }
+
+    /// A doorbell is at one place for ever.
+    pub(crate) fn stay_at(&self, engine: &dyn Doorbells, doorbell: Doorbell, ring: Ring) {
+        if let Some(event) = lock(&self.events).get(&ring) {
+            catch(engine, doorbell, event);
         }
     }
 }

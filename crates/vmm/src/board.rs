@@ -5,14 +5,16 @@ use std::sync::{Arc, Mutex, OnceLock};
 
 use ruse_devices::fabric::Msi;
 use ruse_devices::interrupts::{CpuLine, CpuSignal, Interrupts, SignalKind};
-use ruse_devices::pci::{PciAddress, PciFunction, PciHost, SharedFunction, SlotTaken};
+use ruse_devices::pci::{PciAddress, PciHost, SharedFunction, SlotTaken};
 use ruse_devices::serial::Serial;
-use ruse_devices::{Access, Device, Effects};
+use ruse_devices::watchdog::Watchdog;
+use ruse_devices::{Access, Device, Effects, Ring};
 use ruse_engine::{Clock, LocalApics, Message, VcpuHandle, Vm};
 
 use crate::alarm::Alarm;
 use crate::bells::Bells;
 use crate::lifecycle::Lifecycle;
+use crate::mmio_slots;
 use crate::platform::{Platform, lock, number};
 use crate::virtio::Gate;
 use crate::wires::Wires;
@@ -21,11 +23,13 @@ use crate::wires::Wires;
 const LAPIC_SLOT: usize = number::COUNT;
 /// The alarm's slot of serial output that waits to be written.
 pub(crate) const OUTPUT_SLOT: usize = number::COUNT + 1;
+/// The alarm's slot of the watchdog.
+const WATCHDOG_SLOT: usize = number::COUNT + 2;
 /// Slots of the alarm.
-pub(crate) const SLOTS: usize = number::COUNT + 2;
+pub(crate) const SLOTS: usize = number::COUNT + 3;
 /// The driver of an interrupt line that is no device of the platform: the CPUs' x87 error line.
 pub(crate) const X87_DRIVER: usize = number::COUNT;
-/// PCI functions drive interrupt lines from this number on.
+/// What is plugged in drives interrupt lines from this number on.
 const PCI_DRIVERS: usize = X87_DRIVER + 1;
 /// Interrupt line of the x87 error.
 pub(crate) const X87_LINE: u8 = 13;
@@ -70,6 +74,7 @@ pub(crate) struct Board {
     lines: Vec<Arc<CpuLine>>,
     handles: OnceLock<Vec<Arc<dyn VcpuHandle>>>,
     vm: Option<Arc<dyn Vm>>,
+    watchdog: OnceLock<Arc<Mutex<Watchdog>>>,
     /// The doorbells of devices.
     pub(crate) bells: Bells,
     /// Where those pass who serve devices.
@@ -89,10 +94,11 @@ impl Board {
         vm: Option<Arc<dyn Vm>>,
     ) -> std::io::Result<Self> {
         let external = vm.as_ref().is_some_and(|vm| vm.local_apics().is_some());
-        let mut interrupts = match external {
+        let interrupts = match external {
             true => Interrupts::with_external_lapics(),
             false => Interrupts::new(cpus, clock.tsc_hz()),
         };
+        let mut interrupts = interrupts.with_pins(platform.io_apic_pins());
         interrupts.virtual_wire();
         let lines = (0..cpus).filter_map(|cpu| interrupts.cpu_line(cpu)).collect();
         Ok(Self {
@@ -104,6 +110,7 @@ impl Board {
             lines,
             handles: OnceLock::new(),
             vm,
+            watchdog: OnceLock::new(),
             bells: Bells::default(),
             gate: Gate::default(),
             input_waits: AtomicBool::new(false),
@@ -143,12 +150,16 @@ impl Board {
         });
         self.carry_out(orders.unwrap_or_default());
         effects.rings.iter().for_each(|&ring| self.bells.ring(ring));
+        self.change_power(&effects, vcpu);
+        if device < number::PIT {
+            self.serial_accessed(device, now);
+        }
+    }
+
+    fn change_power(&self, effects: &Effects, vcpu: Option<u32>) {
         if let Some(power) = effects.power {
             self.lifecycle.power(power, vcpu);
             self.kick_all();
-        }
-        if device < number::PIT {
-            self.serial_accessed(device, now);
         }
     }
 
@@ -180,9 +191,19 @@ impl Board {
         self.carry_out(signals);
     }
 
-    /// Accesses a PCI function, from a vCPU or from the function's other side.
-    pub(crate) fn access_function<F: PciFunction + ?Sized, R>(
+    /// Accesses a PCI function, or a virtio device without PCI, from its other side.
+    pub(crate) fn access_function<F: ?Sized, R>(
         &self,
+        function: &Mutex<F>,
+        call: impl FnOnce(&mut F, &mut Access) -> R,
+    ) -> R {
+        self.access_function_by(None, function, call)
+    }
+
+    /// Accesses one of these; `vcpu` is who makes the access, if it is one.
+    pub(crate) fn access_function_by<F: ?Sized, R>(
+        &self,
+        vcpu: Option<u32>,
         function: &Mutex<F>,
         call: impl FnOnce(&mut F, &mut Access) -> R,
     ) -> R {
@@ -194,25 +215,61 @@ impl Board {
         };
         self.carry_out(orders);
         effects.rings.iter().for_each(|&ring| self.bells.ring(ring));
+        self.change_power(&effects, vcpu);
         result
     }
 
     /// Plugs a PCI function in.
     pub(crate) fn plug(&self, at: PciAddress, function: SharedFunction) -> Result<(), SlotTaken> {
-        let mut result = Ok(());
+        let mut result = Err(SlotTaken(at));
         self.access_pci(|host, access| result = host.insert(access, at, function));
         result
     }
 
+    /// Has the engine catch the doorbells of a virtio device without PCI, of its first `queues` queues.
+    pub(crate) fn catch_doorbells(&self, at: PciAddress, queues: u16) {
+        let Some(vm) = &self.vm else { return };
+        for number in 0..queues {
+            let ring = Ring { source: at.id(), number };
+            self.bells.stay_at(vm.doorbells(), mmio_slots::doorbell(at, number), ring);
+        }
+    }
+
+    /// Plugs the watchdog in.
+    pub(crate) fn plug_watchdog(&self, at: PciAddress, watchdog: Watchdog) -> Result<(), SlotTaken> {
+        let watchdog = Arc::new(Mutex::new(watchdog));
+        self.plug(at, watchdog.clone())?;
+        if self.watchdog.set(watchdog).is_err() {
+            tracing::error!("there is a watchdog already");
+        }
+        Ok(())
+    }
+
+    /// The machine, which was held, goes on.
+    pub(crate) fn go_on(&self) {
+        if let Some(watchdog) = self.watchdog.get() {
+            self.access_function(&**watchdog, Watchdog::held);
+        }
+    }
+
+    /// Takes a PCI function out.
+    pub(crate) fn unplug(&self, at: PciAddress) {
+        self.access_pci(|host, access| {
+            host.remove(access, at);
+        });
+    }
+
     /// Gives PCI functions their places, as firmware does.
     pub(crate) fn assign_pci(&self) {
-        self.platform.pci().assign();
+        if let Some(mut host) = self.platform.pci() {
+            host.assign();
+        }
     }
 
     fn access_pci(&self, call: impl FnOnce(&mut PciHost, &mut Access)) {
         let mut effects = Effects::default();
         let orders = {
-            let mut host = self.platform.pci();
+            let Some(mut host) = self.platform.pci() else { return };
             call(&mut host, &mut Access { now: self.clock.now_ns(), effects: &mut effects });
             self.settle(number::PCI, &*host, &mut effects)
         };
@@ -233,8 +290,11 @@ impl Board {
         self.interrupt(Some(number), effects)
     }
 
-    /// Brings a device's levels and messages to the interrupt chips.
+    /// Brings a device's levels and messages to the interrupt chips, and the watchdog's time to the alarm.
     fn interrupt(&self, driver: Option<usize>, effects: &Effects) -> Orders {
+        if let Some(time) = effects.watchdog {
+            self.alarm.set(WATCHDOG_SLOT, Some(time));
+        }
         if effects.lines.is_empty() && effects.intx.is_empty() && effects.messages.is_empty() {
             return Orders::default();
         }
@@ -334,6 +394,11 @@ impl Board {
                 self.access(device, None, |target, access| target.tick(access));
             }
         }
+        if let Some(watchdog) = self.watchdog.get().filter(|_| self.alarm.is_due(WATCHDOG_SLOT, now))
+            && self.access_function(&**watchdog, Watchdog::tick)
+        {
+            tracing::warn!("the guest's watchdog was not answered in time");
+        }
         if self.alarm.is_due(LAPIC_SLOT, now) {
             self.interrupts(|interrupts, now| interrupts.tick(now));
         }
@@ -343,6 +408,9 @@ impl Board {
     pub(crate) fn reset(&self) {
         for device in 0..number::COUNT {
             self.access(device, None, |target, access| target.reset(access));
+        }
+        for device in self.platform.slots.devices() {
+            self.access_function(device, |device, access| device.reset(access));
         }
         self.drive_line(X87_DRIVER, X87_LINE, false);
         self.interrupts(|interrupts, _| {

@@ -1,5 +1,6 @@
 //! The machine as a vCPU sees it: routes accesses to devices and interrupt chips.
 
+use ruse_devices::Device;
 use ruse_devices::bus::AddressMap;
 use ruse_devices::fabric::Msi;
 use ruse_devices::lapic;
@@ -20,8 +21,9 @@ impl Board {
             }),
             Target::IoApic => self.interrupts(|chips, _| chips.ioapic_read(offset, bytes)),
             Target::X87 => bytes.fill(0xff),
-            Target::PciPorts => self.bar_read(&self.platform.pci_ranges().ports, offset, bytes),
-            Target::PciMemory => self.bar_read(&self.platform.pci_ranges().memory, offset, bytes),
+            Target::PciPorts => self.bar_read(vcpu, &self.platform.pci_ranges().ports, offset, bytes),
+            Target::PciMemory => self.bar_read(vcpu, &self.platform.pci_ranges().memory, offset, bytes),
+            Target::MmioSlots => self.slot_read(vcpu, offset, bytes),
         });
     }
 
@@ -38,25 +40,41 @@ impl Board {
                 self.pins_changed();
             }
             Target::X87 => self.drive_line(X87_DRIVER, X87_LINE, false),
-            Target::PciPorts => self.bar_write(&self.platform.pci_ranges().ports, offset, bytes),
-            Target::PciMemory => self.bar_write(&self.platform.pci_ranges().memory, offset, bytes),
+            Target::PciPorts => self.bar_write(vcpu, &self.platform.pci_ranges().ports, offset, bytes),
+            Target::PciMemory => self.bar_write(vcpu, &self.platform.pci_ranges().memory, offset, bytes),
+            Target::MmioSlots => self.slot_write(vcpu, offset, bytes),
         });
     }
 
-    fn bar_read(&self, ranges: &AddressMap<BarTarget>, address: u64, data: &mut [u8]) {
+    fn bar_read(&self, vcpu: u32, ranges: &AddressMap<BarTarget>, address: u64, data: &mut [u8]) {
         ranges.read(address, data, |target, offset, bytes| {
-            self.access_function(&*target.function, |function, access| {
+            self.access_function_by(Some(vcpu), &*target.function, |function, access| {
                 function.bar_read(access, target.bar, offset, bytes);
             });
         });
     }
 
-    fn bar_write(&self, ranges: &AddressMap<BarTarget>, address: u64, data: &[u8]) {
+    fn bar_write(&self, vcpu: u32, ranges: &AddressMap<BarTarget>, address: u64, data: &[u8]) {
         ranges.write(address, data, |target, offset, bytes| {
-            self.access_function(&*target.function, |function, access| {
+            self.access_function_by(Some(vcpu), &*target.function, |function, access| {
                 function.bar_write(access, target.bar, offset, bytes);
             });
         });
+    }
+
+    fn slot_read(&self, vcpu: u32, offset: u64, data: &mut [u8]) {
+        match self.platform.slots.find(offset) {
+            Some((device, offset)) => self.access_function_by(Some(vcpu), device, |device, access| {
+                device.read(access, offset, data);
+            }),
+            None => data.fill(0xff),
+        }
+    }
+
+    fn slot_write(&self, vcpu: u32, offset: u64, data: &[u8]) {
+        if let Some((device, offset)) = self.platform.slots.find(offset) {
+            self.access_function_by(Some(vcpu), device, |device, access| device.write(access, offset, data));
+        }
     }
 
     /// The offset of `gpa` in the vCPU's local APIC page, if it lies there.

@@ -1,16 +1,36 @@
 //! What a machine is made of, as plain data: parsed by whoever has the words, validated here, saved as it is.
 
+mod console;
 mod disk;
+mod kind;
+mod mac;
+mod memory;
+mod net;
+mod pmem;
+mod seed;
+mod share;
 mod size;
 mod topology;
+mod vsock;
+mod watchdog;
 
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+pub use console::{ConsoleConfig, ConsoleEnd};
 pub use disk::DiskConfig;
+pub use kind::MachineKind;
+pub use mac::MacAddress;
+pub use memory::MemorySize;
+pub use net::{HostInterface, NetConfig, NetOption, NetworkConfig, Vhost};
+pub use pmem::PmemConfig;
+pub use seed::SeedConfig;
+pub use share::ShareConfig;
 pub use size::{SizeError, format_size, parse_size};
 pub use topology::{Topology, TopologyError};
+pub use vsock::VsockConfig;
+pub use watchdog::WatchdogAction;
 
 use crate::cpuid::CpuModel;
 
@@ -19,9 +39,19 @@ pub const MIN_MEMORY: u64 = 16 << 20;
 /// Most vCPUs of a machine.
 pub const MAX_CPUS: u32 = 64;
 /// Most disks of a machine.
-pub const MAX_DISKS: usize = 16;
+pub const MAX_DISKS: usize = 12;
+/// Most shared folders of a machine.
+pub const MAX_SHARES: usize = 4;
+/// Most files in a machine's memory.
+pub const MAX_PMEMS: usize = 4;
+/// Most network devices of a machine.
+pub const MAX_NETS: usize = 2;
+/// Most named ports of a machine.
+pub const MAX_PORTS: usize = 16;
 /// Most PCI slots of a machine.
 pub const MAX_SLOTS: u8 = 8;
+/// Most bytes of a machine's name.
+const MAX_NAME_LEN: usize = 64;
 /// RAM of a machine for which nothing is said.
 pub const DEFAULT_MEMORY: u64 = 512 << 20;
 
@@ -108,8 +138,12 @@ impl std::str::FromStr for SerialMode {
 pub struct MachineConfig {
     /// Name for messages and threads.
     pub name: String,
+    /// What it is like.
+    pub kind: MachineKind,
     /// RAM in bytes.
     pub memory: u64,
+    /// RAM in bytes that there can be later, if that is more.
+    pub max_memory: Option<u64>,
     /// vCPUs.
     pub cpus: Topology,
     /// What CPUID tells.
@@ -126,6 +160,22 @@ pub struct MachineConfig {
     pub debug_exit: bool,
     /// Disks, in the order of their names in the guest.
     pub disks: Vec<DiskConfig>,
+    /// What cloud-init sets up: one more disk, behind all others.
+    pub seed: Option<SeedConfig>,
+    /// Files in its memory, in the order of their names in the guest.
+    pub pmems: Vec<PmemConfig>,
+    /// Bytes of the balloon at first, if there is one.
+    pub balloon: Option<u64>,
+    /// What a watchdog does that is not answered in time, if there is one.
+    pub watchdog: Option<WatchdogAction>,
+    /// Virtio consoles and ports.
+    pub consoles: Vec<ConsoleConfig>,
+    /// Folders of the host's that the guest can mount.
+    pub shares: Vec<ShareConfig>,
+    /// The socket device.
+    pub vsock: Option<VsockConfig>,
+    /// Network devices, in the order of their names in the guest.
+    pub nets: Vec<NetConfig>,
     /// Empty PCI slots.
     pub slots: u8,
     /// Which engine runs it.
@@ -147,7 +197,9 @@ impl MachineConfig {
     pub fn new(kernel: impl Into<PathBuf>) -> Self {
         Self {
             name: "ruse".into(),
+            kind: MachineKind::default(),
             memory: DEFAULT_MEMORY,
+            max_memory: None,
             cpus: Topology::default(),
             cpu: CpuModel::default(),
             kernel: kernel.into(),
@@ -156,6 +208,14 @@ impl MachineConfig {
             serial: SerialMode::default(),
             debug_exit: false,
             disks: Vec::new(),
+            seed: None,
+            pmems: Vec::new(),
+            balloon: None,
+            watchdog: None,
+            consoles: Vec::new(),
+            shares: Vec::new(),
+            vsock: None,
+            nets: Vec::new(),
             slots: 0,
             accel: Accel::default(),
             tier: None,
@@ -166,9 +226,23 @@ impl MachineConfig {
         }
     }
 
+    /// Whether a machine can be called so: names are also those of files.
+    pub fn is_name(name: &str) -> bool {
+        let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
+        name.len() <= MAX_NAME_LEN
+            && name.bytes().all(plain)
+            && name.bytes().next().is_some_and(|first| first.is_ascii_alphanumeric())
+    }
+
+    /// What a machine of this name is called in networks: letters, digits and hyphens.
+    pub fn host_name(name: &str) -> String {
+        let plain = |c: char| if c.is_ascii_alphanumeric() { c.to_ascii_lowercase() } else { '-' };
+        name.chars().map(plain).collect::<String>().trim_matches('-').to_owned()
+    }
+
     /// Says what is impossible about the machine on a host with `host_memory` bytes of RAM.
     pub fn validate(&self, host_memory: u64) -> Result<(), ConfigError> {
-        if self.name.is_empty() || self.name.len() > 64 || self.name.chars().any(char::is_control) {
+        if !Self::is_name(&self.name) {
             return Err(ConfigError::Name);
         }
         self.validate_memory(host_memory)?;
@@ -185,13 +259,62 @@ impl MachineConfig {
         if odd_cores || odd_threads {
             return Err(ConfigError::OddTopology);
         }
-        if self.disks.len() > MAX_DISKS {
-            return Err(ConfigError::TooManyDisks { asked: self.disks.len() });
+        let disks = self.disks.len() + usize::from(self.seed.is_some());
+        if disks > MAX_DISKS {
+            return Err(ConfigError::TooManyDisks { asked: disks });
         }
+        if self.nets.len() > MAX_NETS {
+            return Err(ConfigError::TooManyNets { asked: self.nets.len() });
+        }
+        if self.pmems.len() > MAX_PMEMS {
+            return Err(ConfigError::TooManyPmems { asked: self.pmems.len() });
+        }
+        self.validate_shares()?;
         if self.slots > MAX_SLOTS {
             return Err(ConfigError::TooManySlots { asked: self.slots });
         }
+        if let Some(asked) = self.balloon.filter(|asked| *asked >= self.memory) {
+            return Err(ConfigError::LargeBalloon { asked });
+        }
+        self.validate_kind()?;
+        self.validate_consoles()?;
         self.validate_translator()
+    }
+
+    /// Refuses devices that are on PCI only.
+    fn validate_kind(&self) -> Result<(), ConfigError> {
+        let only_pci = [("--slots", self.slots > 0), ("--watchdog", self.watchdog.is_some())];
+        match only_pci.into_iter().find(|(_, given)| *given) {
+            Some((one, _)) if self.kind == MachineKind::Microvm => Err(ConfigError::Contradiction {
+                one,
+                other: "--machine microvm",
+                why: "such a machine has no PCI bus",
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    fn validate_consoles(&self) -> Result<(), ConfigError> {
+        let mut names: Vec<_> = self.consoles.iter().filter_map(|console| console.name.as_deref()).collect();
+        let (ports, consoles) = (names.len(), self.consoles.len() - names.len());
+        names.sort_unstable();
+        names.dedup();
+        if consoles > 1 || names.len() < ports || ports > MAX_PORTS {
+            return Err(ConfigError::Consoles);
+        }
+        match self.has_stdio_console() && self.serial != SerialMode::Null {
+            true => Err(ConfigError::Contradiction {
+                one: "--console stdio",
+                other: "--serial",
+                why: "nothing else of the guest is on the terminal or in a file then",
+            }),
+            false => Ok(()),
+        }
+    }
+
+    /// Whether the program's standard input and output are the virtio console's.
+    pub fn has_stdio_console(&self) -> bool {
+        self.consoles.iter().any(ConsoleConfig::is_stdio)
     }
 
     fn validate_memory(&self, host_memory: u64) -> Result<(), ConfigError> {
@@ -205,10 +328,33 @@ impl MachineConfig {
         if asked > ruse_memory::MAX_RAM {
             return Err(ConfigError::TooMuchMemory { asked });
         }
-        if asked > host_memory {
-            return Err(ConfigError::MoreThanHost { asked, host: host_memory });
+        let most = self.max_memory.unwrap_or(asked);
+        if most < asked || !(most - asked).is_multiple_of(ruse_memory::BLOCK_SIZE) {
+            return Err(ConfigError::OddMaxMemory { asked: most });
+        }
+        if most > ruse_memory::MAX_RAM {
+            return Err(ConfigError::TooMuchMemory { asked: most });
+        }
+        if most > host_memory {
+            return Err(ConfigError::MoreThanHost { asked: most, host: host_memory });
         }
         Ok(())
+    }
+
+    /// Bytes of RAM that can be plugged in later, if there are any.
+    pub(crate) fn pluggable_memory(&self) -> Option<u64> {
+        self.max_memory.map(|most| most - self.memory).filter(|size| *size > 0)
+    }
+
+    fn validate_shares(&self) -> Result<(), ConfigError> {
+        if self.shares.len() > MAX_SHARES {
+            return Err(ConfigError::TooManyShares { asked: self.shares.len() });
+        }
+        let tags: Vec<_> = self.shares.iter().map(|share| &share.tag).collect();
+        match (1..tags.len()).find(|&n| tags[..n].contains(&tags[n])) {
+            Some(n) => Err(ConfigError::SameTag { tag: tags[n].clone() }),
+            None => Ok(()),
+        }
     }
 
     fn validate_translator(&self) -> Result<(), ConfigError> {
@@ -256,7 +402,7 @@ impl MachineConfig {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ConfigError {
     /// A name that is no name.
-    #[error("--name: expected 1 to 64 printable characters")]
+    #[error("--name: expected 1 to 64 letters, digits and characters of '._-', the first a letter or digit")]
     Name,
     /// Less RAM than any guest can do with.
     #[error("--memory: {} is too little, the least is {}", format_size(*.asked), format_size(MIN_MEMORY))]
@@ -267,6 +413,12 @@ pub enum ConfigError {
     /// RAM that is not whole pages.
     #[error("--memory: {asked} bytes are not a whole number of 4 KiB pages")]
     OddMemory {
+        /// Bytes asked for.
+        asked: u64,
+    },
+    /// RAM that cannot grow so far in whole blocks.
+    #[error("--memory: max={} is not a multiple of 2 MiB more than what there is at first", format_size(*.asked))]
+    OddMaxMemory {
         /// Bytes asked for.
         asked: u64,
     },
@@ -284,6 +436,9 @@ pub enum ConfigError {
         /// Bytes of RAM of the host.
         host: u64,
     },
+    /// More RAM and files than guest physical addresses have room for.
+    #[error("--memory and --pmem: all of it is too much, the most is {}", format_size(ruse_memory::MAX_RAM))]
+    TooMuchInAll,
     /// No vCPU.
     #[error("--cpus: a machine has at least one CPU")]
     NoCpus,
@@ -303,6 +458,39 @@ pub enum ConfigError {
     TooManyDisks {
         /// Disks asked for.
         asked: usize,
+    },
+    /// More files in memory than possible.
+    #[error("--pmem: {asked} files are too many, the most is {MAX_PMEMS}")]
+    TooManyPmems {
+        /// Files asked for.
+        asked: usize,
+    },
+    /// More network devices than possible.
+    #[error("--net: {asked} network devices are too many, the most is {MAX_NETS}")]
+    TooManyNets {
+        /// Network devices asked for.
+        asked: usize,
+    },
+    /// A balloon that leaves the guest nothing.
+    #[error("--balloon: {} is all of the guest's RAM", format_size(*.asked))]
+    LargeBalloon {
+        /// Bytes asked for.
+        asked: u64,
+    },
+    /// Consoles or ports that there cannot be.
+    #[error("--console: expected at most one without a name, and at most {MAX_PORTS} of different names")]
+    Consoles,
+    /// More shared folders than possible.
+    #[error("--share: {asked} folders are too many, the most is {MAX_SHARES}")]
+    TooManyShares {
+        /// Folders asked for.
+        asked: usize,
+    },
+    /// Two shared folders have the same name.
+    #[error("--share: there are two folders with the tag '{tag}'")]
+    SameTag {
+        /// The name.
+        tag: String,
     },
     /// More PCI slots than possible.
     #[error("--slots: {asked} are too many, the most is {MAX_SLOTS}")]
@@ -346,6 +534,21 @@ mod tests {
     }
 
     #[test]
+    fn a_machine_has_a_name_for_networks() {
+        assert_eq!(MachineConfig::host_name("Web_1.example"), "web-1-example");
+        assert_eq!(MachineConfig::host_name("a-"), "a");
+    }
+
+    #[test]
+    fn the_disk_for_cloud_init_is_one_of_the_most() {
+        let disks = |count| vec![DiskConfig::new("d".into()); count];
+        let seed = Some(SeedConfig::default());
+        with(|c| (c.disks, c.seed) = (disks(MAX_DISKS - 1), seed.clone())).unwrap();
+        let error = with(|c| (c.disks, c.seed) = (disks(MAX_DISKS), seed.clone())).unwrap_err();
+        assert!(error.to_string().contains("13 disks are too many"), "{error}");
+    }
+
+    #[test]
     fn memory_has_limits() {
         for (bytes, option) in [
             (0, "too little"),
@@ -359,6 +562,19 @@ mod tests {
             assert!(error.starts_with("--memory: ") && error.contains(option), "{error}");
         }
         with(|c| c.memory = MIN_MEMORY).unwrap();
+        for (max, option) in [
+            (DEFAULT_MEMORY - (2 << 20), "max=510 MiB is not a multiple of 2 MiB more"),
+            (DEFAULT_MEMORY + 4096, "is not a multiple"),
+            (HOST + DEFAULT_MEMORY, "this host has 64 GiB"),
+            (2 << 40, "the most is 1 TiB"),
+        ] {
+            let error = with(|c| c.max_memory = Some(max)).unwrap_err().to_string();
+            assert!(error.starts_with("--memory: ") && error.contains(option), "{error}");
+        }
+        with(|c| c.max_memory = Some(DEFAULT_MEMORY)).unwrap();
+        with(|c| c.max_memory = Some(HOST)).unwrap();
+        let pmem = PmemConfig { path: "x".into(), read_only: false };
+        assert_eq!(with(|c| c.pmems = vec![pmem; 5]), Err(ConfigError::TooManyPmems { asked: 5 }));
     }
 
     #[test]
@@ -382,10 +598,34 @@ mod tests {
         let profile = with(|c| (c.perf_map, c.accel) = (true, Accel::Kvm)).unwrap_err().to_string();
         assert!(profile.contains("--perf-map and --accel kvm"), "{profile}");
         assert_eq!(with(|c| c.tier = Some(2)), Err(ConfigError::Tier));
+        let micro = |change: fn(&mut MachineConfig)| {
+            with(|c| {
+                c.kind = MachineKind::Microvm;
+                change(c);
+            })
+        };
+        micro(|_| {}).unwrap();
+        for (option, change) in [
+            ("--slots", (|c| c.slots = 1) as fn(&mut MachineConfig)),
+            ("--watchdog", |c| c.watchdog = Some(WatchdogAction::None)),
+        ] {
+            let error = micro(change).unwrap_err().to_string();
+            assert!(error.starts_with(&format!("{option} and --machine microvm contradict")), "{error}");
+        }
         assert_eq!(with(|c| c.slots = 9), Err(ConfigError::TooManySlots { asked: 9 }));
         let plain = with(|c| (c.tier, c.direct) = (Some(0), Direct::Always)).unwrap_err().to_string();
         assert!(plain.contains("--direct and --tier 0"), "{plain}");
         assert_eq!(with(|c| c.name.clear()), Err(ConfigError::Name));
+    }
+
+    #[test]
+    fn names_are_fit_for_files() {
+        for bad in ["", ".", "..", "../x", "a/b", "-x", ".x", "a b", "a\n", "\u{e9}", &"x".repeat(65)] {
+            assert_eq!(with(|c| c.name = bad.into()), Err(ConfigError::Name), "{bad}");
+        }
+        for good in ["a", "web-1.example_2", &"x".repeat(64)] {
+            with(|c| c.name = good.into()).unwrap();
+        }
     }
 
     #[test]
@@ -396,5 +636,7 @@ mod tests {
         assert!("tty".parse::<SerialMode>().is_err());
         assert_eq!("dbt".parse(), Ok(Accel::Dbt));
         assert!("DBT".parse::<Accel>().is_err());
+        assert_eq!("microvm".parse(), Ok(MachineKind::Microvm));
+        assert!("q35".parse::<MachineKind>().is_err());
     }
 }

@@ -3,6 +3,11 @@
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::path::Path;
+
+use rustix::fs::OFlags;
+use rustix::io::Errno;
 
 /// Bytes that come in from outside.
 pub trait ConsoleInput: Send {
@@ -43,6 +48,24 @@ impl Console {
     pub fn to_file(file: File) -> Self {
         Self { input: None, output: Some(Box::new(FileOutput(file))) }
     }
+}
+
+/// Makes a file for output, or opens the pipe that is there. Nobody is waited for who may read it some time: a pipe that
+/// nobody reads is an error.
+pub fn output_file(path: &Path) -> io::Result<File> {
+    let flags = OFlags::NONBLOCK.bits().cast_signed();
+    let opened = File::options().write(true).create(true).truncate(true).custom_flags(flags).open(path);
+    opened.map_err(|error| match std::fs::metadata(path) {
+        Ok(found) if found.file_type().is_fifo() && is_unread(&error) => {
+            io::Error::other("nobody reads this pipe")
+        }
+        _ => error,
+    })
+}
+
+/// What opening a pipe without a reader comes to (open(2), ENXIO).
+fn is_unread(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(Errno::NXIO.raw_os_error())
 }
 
 /// Output into an open file.

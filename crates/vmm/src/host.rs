@@ -1,7 +1,12 @@
 //! What the host says about itself.
 
+mod runtime;
+
 use std::fs;
 
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
+pub use runtime::runtime_dir;
 use serde::Serialize;
 
 /// Bytes of RAM of the host.
@@ -51,6 +56,14 @@ impl HostCpu {
     /// Whether Linux names this feature.
     pub fn has(&self, flag: &str) -> bool {
         self.flags.iter().any(|f| f == flag)
+    }
+}
+
+/// Lets this process have as many files open as it can: a guest's connections and shared folders need one each.
+pub(crate) fn raise_file_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }) {
+        tracing::debug!(%error, "the limit of open files stays");
     }
 }
 

@@ -344,7 +344,13 @@ impl IoThread {
         self.board.lifecycle.wait_parked();
         self.drain_output();
         let panicked = self.panic_line();
+        let state = self.board.lifecycle.reset_by().1;
         self.board.lifecycle.amend(|outcome| match (outcome, panicked) {
+            // The device told of it; what the system has printed says more.
+            (Outcome::GuestPanic { message, vcpu, dump: None }, printed) => {
+                let dump = state.map(|state| Box::new(CpuDump::new(*state, &self.ram)));
+                Outcome::GuestPanic { message: printed.unwrap_or(message), vcpu, dump }
+            }
             // A system that reboots after a panic may do so by a triple fault.
             (Outcome::TripleFault { vcpu, dump }, Some(message)) => {
                 Outcome::GuestPanic { message, vcpu, dump: Some(dump) }

@@ -4,6 +4,7 @@
 //! parks while the machine does not run. The I/O thread carries out resets and the end once all have parked.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -11,7 +12,7 @@ use ruse_arch::VcpuState;
 use ruse_devices::Power;
 use ruse_engine::Counters;
 use rustix::event::{EventfdFlags, eventfd};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::platform::lock;
 use crate::report::{Outcome, VcpuReport};
@@ -20,7 +21,7 @@ use crate::report::{Outcome, VcpuReport};
 const REPORT_WAIT: Duration = Duration::from_millis(200);
 
 /// What a machine is doing.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Phase {
     /// Its vCPUs run.
@@ -53,7 +54,7 @@ struct Life {
     pause_after_reset: bool,
     /// Counts the starts of the system: one more with each reset.
     epoch: u64,
-    /// The vCPU that asked for the reset under way.
+    /// The vCPU that asked for the reset under way, or told of a panic.
     reset_by: Option<u32>,
     outcome: Option<Outcome>,
     /// The I/O thread is done: all output is written.
@@ -127,6 +128,12 @@ impl Lifecycle {
             Power::Off => self.end(Outcome::PowerOff),
             Power::Exit(code) => self.end(Outcome::DebugExit(code)),
             Power::Reset => self.reset(vcpu),
+            Power::Pause => drop(self.pause()),
+            Power::Panicked => {
+                lock(&self.life).reset_by = vcpu;
+                let message = "it says so by pvpanic".to_owned();
+                self.end(Outcome::GuestPanic { message, vcpu: vcpu.unwrap_or(0), dump: None });
+            }
         }
     }
 
@@ -181,13 +188,22 @@ impl Lifecycle {
         true
     }
 
-    /// Waits until the machine runs; `false` if it has ended.
-    pub(crate) fn wait_running(&self) -> bool {
+    /// Waits until the machine runs; `false` if it has ended, or `gone` was set meanwhile ([`Lifecycle::dismiss`]).
+    pub(crate) fn wait_running(&self, gone: &AtomicBool) -> bool {
         let mut life = lock(&self.life);
-        while matches!(life.phase, Phase::Paused | Phase::Resetting) {
+        while matches!(life.phase, Phase::Paused | Phase::Resetting) && !gone.load(Ordering::Acquire) {
             life = self.wait(life);
         }
         life.phase == Phase::Running
+    }
+
+    /// Sets `gone`: those who look at it do not wait for the machine any more.
+    pub(crate) fn dismiss(&self, gone: &AtomicBool) {
+        // Under the lock, or who is about to wait would miss it.
+        let life = lock(&self.life);
+        gone.store(true, Ordering::Release);
+        drop(life);
+        self.changed.notify_all();
     }
 
     /// Whether the machine has ended.
@@ -203,7 +219,7 @@ impl Lifecycle {
         }
     }
 
-    /// The vCPU that asked for the reset under way, and its state; vCPU 0's where it was nobody.
+    /// The vCPU that asked for the reset under way, or told of a panic, and its state; vCPU 0's where it was nobody.
     pub(crate) fn reset_by(&self) -> (u32, Option<Box<VcpuState>>) {
         let life = lock(&self.life);
         let vcpu = life.reset_by.unwrap_or(0);

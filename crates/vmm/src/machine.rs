@@ -7,35 +7,44 @@ use std::thread::JoinHandle;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use ruse_arch::VcpuState;
-use ruse_block::{Disk, DiskError};
 use ruse_devices::bus::MapError;
 use ruse_devices::lapic::TIMER_HZ;
-use ruse_devices::pci::{PciWindows, SlotTaken};
+use ruse_devices::pci::{PciAddress, PciWindows, SlotTaken};
 use ruse_devices::post::POST_PORT;
 use ruse_devices::rtc::{Rtc, RtcConfig};
+use ruse_devices::watchdog::Watchdog;
 use ruse_engine::{Clock, Counters, Engine, EngineError, IoAddress, TscMeasurement, Vcpu, Vm};
 use ruse_loader::{AcpiConfig, EntryChoice, Image, LoadError, LoadRequest, Module};
-use ruse_memory::{GuestRam, HIGH_RAM_START, LOW_RAM_END, MemoryError};
+use ruse_memory::{GuestRam, LOW_RAM_END, MemoryError};
+use ruse_vhost::KernelError;
+use ruse_virtio::listener::ListenError;
 
+use crate::address_plan::AddressPlan;
 use crate::board::Board;
-use crate::config::{ConfigError, MachineConfig};
+use crate::config::{ConfigError, DiskConfig, MachineConfig, MachineKind};
 use crate::console::Console;
+use crate::console_pump;
 use crate::cpuid::CpuidPlan;
 use crate::doctor::ChoiceError;
-use crate::host::host_memory;
+use crate::host::{host_memory, raise_file_limit};
 use crate::io_thread::IoThread;
 use crate::lifecycle::{Lifecycle, Phase};
+use crate::mmio_slots;
 use crate::pci_slots;
 use crate::platform::Platform;
 use crate::report::{MachineInfo, Outcome};
+use crate::seed::{self, SeedError};
 use crate::threads::{VcpuThread, start_state};
-use crate::virtio::{self, AttachedDisk, DiskInfo, PlugError, Server};
+use crate::virtio::{
+    self, AttachError, AttachedBalloon, AttachedConsole, AttachedDisk, AttachedMem, AttachedNet, BalloonInfo,
+    BalloonSizes, ConsoleError, Consoles, DetachError, DeviceConfig, DiskInfo, MemoryInfo, NetError, NetInfo,
+    OpenDisk, OpenDiskError, OpenNet, OpenPmem, OpenShare, OpenShareError, PlugError, PmemError,
+    ResizeMemoryError, Server, SlotKeeper, Slots, Sockets,
+};
 
 /// log2 of how much slower a guest's time goes while both tiers execute it: they take that much longer.
 const CHECK_SLOWDOWN: u32 = 6;
 
-/// Bytes of the window for PCI memory above RAM, which is also what it begins at a multiple of.
-const PCI_WINDOW: u64 = 64 << 30;
 /// Ports for PCI functions.
 const PCI_PORTS: RangeInclusive<u64> = 0x1000..=0xffff;
 
@@ -62,7 +71,31 @@ pub enum MachineError {
     Map(#[from] MapError),
     /// A disk cannot be had.
     #[error("--disk: {0}")]
-    Disk(#[from] DiskError),
+    Disk(#[from] OpenDiskError),
+    /// The disk for cloud-init cannot be had.
+    #[error(transparent)]
+    Seed(#[from] SeedError),
+    /// A file cannot be in memory.
+    #[error("--pmem: {0}")]
+    Pmem(#[from] PmemError),
+    /// A virtio console cannot be had.
+    #[error("--console: {0}")]
+    Console(#[from] ConsoleError),
+    /// A folder cannot be shared.
+    #[error("--share: {0}")]
+    Share(#[from] OpenShareError),
+    /// The socket device cannot be had.
+    #[error("--vsock: {0}")]
+    Vsock(#[from] ListenError),
+    /// The host's kernel does not serve the socket device.
+    #[error("--vsock: vhost: {0}")]
+    VsockVhost(#[from] KernelError),
+    /// Nothing says where the socket device is reached.
+    #[error("--vsock: expected CID,path=PATH, as the machine has no folder of its own")]
+    NoVsockPath,
+    /// A network cannot be had.
+    #[error(transparent)]
+    Net(#[from] NetError),
     /// Two PCI functions are at one address; a bug.
     #[error(transparent)]
     Slot(#[from] SlotTaken),
@@ -80,7 +113,10 @@ impl MachineError {
     /// Whether the user can mend it by other input; else the host or Ruse is at fault.
     pub fn is_bad_input(&self) -> bool {
         match self {
-            Self::Config(_) | Self::Choice(_) | Self::Disk(_) => true,
+            Self::Config(_) | Self::Choice(_) | Self::Disk(_) | Self::Net(_) => true,
+            Self::Pmem(_) | Self::Console(_) | Self::Share(_) => true,
+            Self::Vsock(_) | Self::VsockVhost(_) | Self::NoVsockPath => true,
+            Self::Seed(error) => !matches!(error, SeedError::Make(_)),
             Self::Load(error) => !matches!(error, LoadError::Memory(_)),
             Self::Memory(_) | Self::Engine(_) | Self::Map(_) | Self::Slot(_) | Self::Host { .. } => false,
         }
@@ -95,7 +131,7 @@ impl From<PlugError> for MachineError {
     fn from(error: PlugError) -> Self {
         match error {
             PlugError::Slot(slot) => Self::Slot(slot),
-            PlugError::Host(source) => Self::Host { what: "cannot make an eventfd", source },
+            PlugError::Host(source) => Self::Host { what: "cannot make a device", source },
         }
     }
 }
@@ -110,7 +146,7 @@ struct Boot {
 }
 
 impl Boot {
-    fn open(config: &MachineConfig, ram: GuestRam) -> Result<Self, LoadError> {
+    fn open(config: &MachineConfig, plan: &AddressPlan, ram: GuestRam) -> Result<Self, LoadError> {
         let modules = match &config.initrd {
             Some(path) => Module::open_list(&path.to_string_lossy())?,
             None => Vec::new(),
@@ -119,7 +155,7 @@ impl Boot {
             kernel: Image::open(&config.kernel)?,
             modules,
             cmdline: config.cmdline.clone(),
-            acpi: acpi_config(config),
+            acpi: acpi_config(config, plan),
             ram,
         })
     }
@@ -136,18 +172,20 @@ impl Boot {
     }
 }
 
-fn acpi_config(config: &MachineConfig) -> AcpiConfig {
+fn acpi_config(config: &MachineConfig, plan: &AddressPlan) -> AcpiConfig {
     let mut acpi = AcpiConfig::new(config.cpus.count() as u32);
-    let end = HIGH_RAM_START + config.memory.saturating_sub(LOW_RAM_END);
-    let start = end.next_multiple_of(PCI_WINDOW);
-    acpi.mmio64 = Some(start..start + PCI_WINDOW);
+    match config.kind {
+        MachineKind::Pc => acpi.mmio64 = Some(plan.pci.clone()),
+        MachineKind::Microvm => (acpi.pci, acpi.virtio) = (false, mmio_slots::places(config)),
+    }
     acpi
 }
 
-/// Where PCI functions can answer: the windows that ACPI tells of, and ports above those of the platform.
-fn pci_windows(acpi: &AcpiConfig) -> PciWindows {
+/// Where PCI functions can answer, if there are any: the windows that ACPI tells of, and ports above those of the platform.
+fn pci_windows(acpi: &AcpiConfig) -> Option<PciWindows> {
     let all = acpi.mmio32.iter().chain(&acpi.mmio64);
-    PciWindows { ports: PCI_PORTS, memory: all.map(|window| window.start..=window.end - 1).collect() }
+    let memory = all.map(|window| window.start..=window.end - 1).collect();
+    acpi.pci.then_some(PciWindows { ports: PCI_PORTS, memory })
 }
 
 /// A machine with its guest in RAM, but without CPUs.
@@ -155,7 +193,15 @@ pub struct Machine {
     config: MachineConfig,
     ram: GuestRam,
     boot: Boot,
-    disks: Vec<Arc<dyn Disk>>,
+    disks: Vec<(DiskConfig, OpenDisk)>,
+    /// RAM that can be plugged in: where, and how much.
+    pluggable: Option<(u64, u64)>,
+    /// Files in memory, with their addresses.
+    pmems: Vec<(u64, OpenPmem)>,
+    consoles: Consoles,
+    shares: Vec<OpenShare>,
+    sockets: Option<Sockets>,
+    nets: Vec<OpenNet>,
     entry: VcpuState,
     /// Goes on while the guest is loaded.
     tsc: TscMeasurement,
@@ -165,14 +211,27 @@ impl Machine {
     /// Checks a configuration, makes the RAM and loads the guest.
     pub fn load(config: MachineConfig) -> Result<Self, MachineError> {
         config.validate(host_memory())?;
+        raise_file_limit();
         let tsc = TscMeasurement::begin();
         // Before RAM, so that a wrong path costs nothing.
         Image::open(&config.kernel)?;
-        let disks = AttachedDisk::open_all(&config.disks)?;
-        let ram = GuestRam::new(config.memory)?;
-        let boot = Boot::open(&config, ram.clone())?;
+        let mut disks = OpenDisk::open_all(&config.disks, config.cpus.count())?;
+        if let Some(files) = &config.seed {
+            let disk = DiskConfig { read_only: true, ..DiskConfig::new(seed::LABEL.into()) };
+            disks.push((disk, OpenDisk::File(Arc::new(seed::make(files, &config.name)?))));
+        }
+        let pmems = OpenPmem::open_all(&config.pmems)?;
+        let consoles = Consoles::open(&config.consoles)?;
+        let shares = virtio::open_shares(&config.shares)?;
+        let sockets = config.vsock.as_ref().map(Sockets::open).transpose()?;
+        let nets = OpenNet::open_all(&config.name, &config.nets)?;
+        let plan = AddressPlan::new(&config, &pmems)?;
+        let ram = GuestRam::with_layout(&plan.layout)?;
+        let boot = Boot::open(&config, &plan, ram.clone())?;
         let entry = boot.load()?;
-        Ok(Self { config, ram, boot, disks, entry, tsc })
+        let AddressPlan { pluggable, pmems: places, .. } = plan;
+        let pmems = places.into_iter().zip(pmems).collect();
+        Ok(Self { config, ram, boot, disks, pluggable, pmems, consoles, shares, sockets, nets, entry, tsc })
     }
 
     /// Makes the vCPUs with `engine` and starts everything.
@@ -193,23 +252,58 @@ impl Machine {
         let board = Board::new(cpus, clock.clone(), platform, lifecycle, Some(vm.clone()))
             .map_err(MachineError::host("cannot make a timer"))?;
         let board = Arc::new(board);
-        let (disks, servers) = self.plug(&board)?;
+        let (attached, servers) = self.plug(&board)?;
         let vcpus = self.create_vcpus(engine, &*vm, cpus, &clock)?;
         board.connect(vcpus.iter().map(|vcpu| vcpu.handle()).collect());
-        self.spawn(engine.name(), board, vcpus, console, disks, servers)
+        self.spawn(engine.name(), board, vcpus, console, attached, servers)
     }
 
-    /// Plugs the PCI devices in.
-    fn plug(&mut self, board: &Arc<Board>) -> Result<(Vec<AttachedDisk>, Vec<Server>), MachineError> {
+    /// Plugs the devices in.
+    fn plug(&mut self, board: &Arc<Board>) -> Result<(Attached, Vec<Server>), MachineError> {
         let (intx, config) = (self.boot.acpi.intx, &self.config);
-        let gsi = |at| pci_slots::gsi(intx, at);
+        let gsi = |at| match config.kind {
+            MachineKind::Pc => pci_slots::gsi(intx, at),
+            MachineKind::Microvm => mmio_slots::gsi(at),
+        };
         let mut servers = virtio::plug_entropy(board, &self.ram, gsi)?;
-        let disks = config.disks.iter().cloned().zip(self.disks.drain(..)).collect();
-        let (disks, more) = AttachedDisk::plug_all(board, &self.ram, gsi, config.cpus.count() as u32, disks)?;
+        let cpus = config.cpus.count();
+        let (nets, more) = OpenNet::plug_all(board, &self.ram, gsi, std::mem::take(&mut self.nets))?;
         servers.extend(more);
-        pci_slots::plug_root_ports(board, intx, config.slots)?;
+        let disks = std::mem::take(&mut self.disks);
+        let (disks, more) = AttachedDisk::plug_all(board, &self.ram, gsi, cpus, disks)?;
+        servers.extend(more);
+        let mut balloon = None;
+        if let Some(bytes) = config.balloon {
+            let (attached, more) = AttachedBalloon::plug(board, &self.ram, gsi, bytes)?;
+            balloon = Some(attached);
+            servers.extend(more);
+        }
+        let mut memory = None;
+        if let Some(place) = self.pluggable {
+            let (attached, more) = AttachedMem::plug(board, &self.ram, gsi, place, config.memory)?;
+            memory = Some(attached);
+            servers.extend(more);
+        }
+        self.pmems.iter().try_for_each(|(_, pmem)| pmem.reserve())?;
+        servers.extend(OpenPmem::plug_all(board, &self.ram, gsi, std::mem::take(&mut self.pmems))?);
+        let (console, more) = self.consoles.plug(board, &self.ram, gsi)?;
+        servers.extend(more);
+        servers.extend(virtio::plug_shares(board, &self.ram, gsi, std::mem::take(&mut self.shares))?);
+        if let Some(sockets) = self.sockets.take() {
+            servers.extend(sockets.plug(board, &self.ram, gsi)?);
+        }
+        if config.kind == MachineKind::Pc {
+            pci_slots::plug_pvpanic(board)?;
+        }
+        if let Some(action) = config.watchdog {
+            let at = PciAddress::new(pci_slots::SMALL, pci_slots::WATCHDOG);
+            board.plug_watchdog(at, Watchdog::new(action.power()))?;
+        }
+        let ports = pci_slots::plug_root_ports(board, intx, config.slots)?;
+        let slots = Slots::new(board, &self.ram, &config.name, cpus, ports)
+            .map_err(MachineError::host("cannot make an eventfd"))?;
         board.assign_pci();
-        Ok((disks, servers))
+        Ok((Attached { disks, nets, console, balloon, memory, slots }, servers))
     }
 
     fn rtc_config(&self) -> RtcConfig {
@@ -242,17 +336,30 @@ impl Machine {
         board: Arc<Board>,
         vcpus: Vec<Box<dyn Vcpu>>,
         console: Console,
-        disks: Vec<AttachedDisk>,
+        attached: Attached,
         servers: Vec<Server>,
     ) -> Result<RunningMachine, MachineError> {
-        let Self { config, ram, boot, entry, .. } = self;
-        let control = Control { board: board.clone(), config: Arc::new(config), engine, disks: disks.into() };
-        let mut running = RunningMachine { control, threads: Vec::new() };
+        let Self { config, ram, boot, entry, mut consoles, .. } = self;
+        let (config, attached) = (Arc::new(config), Arc::new(attached));
+        let thread = |source| MachineError::Host { what: "cannot start a thread", source };
+        // What leads to the virtio console does not lead to the serial port.
+        let (serial, pump) = match consoles.stdio.take() {
+            Some(stream) => (Console::default(), Some(console_pump::spawn(console, stream).map_err(thread)?)),
+            None => (console, None),
+        };
+        let (old, old_ram) = (attached.clone(), ram.clone());
+        let keeper = (!attached.slots.is_empty()).then(|| SlotKeeper(attached.slots.clone()));
+        let control = Control { board: board.clone(), config, engine, attached };
+        let mut running = RunningMachine { control, threads: Vec::new(), _consoles: consoles };
         // The files and the protocol are the same as at first, and so is the state.
-        let reload = Box::new(move || boot.load().map(drop));
-        let io = IoThread::new(board.clone(), ram.clone(), console, reload)
+        let reload = Box::new(move || {
+            if let Some(memory) = &old.memory {
+                memory.unplug_all(&old_ram);
+            }
+            boot.load().map(drop)
+        });
+        let io = IoThread::new(board.clone(), ram.clone(), serial, reload)
             .map_err(MachineError::host("cannot set up the I/O thread"))?;
-        let thread = MachineError::host("cannot start a thread");
         let vcpus: Result<Vec<_>, _> = (0..)
             .zip(vcpus)
             .map(|(id, vcpu)| {
@@ -261,8 +368,11 @@ impl Machine {
             })
             .chain(servers.into_iter().map(Server::spawn))
             .chain([io.spawn()])
+            .chain(keeper.map(SlotKeeper::spawn))
             .collect();
         running.threads = vcpus.map_err(thread)?;
+        // It ends after those that serve the console.
+        running.threads.extend(pump);
         Ok(running)
     }
 }
@@ -271,6 +381,8 @@ impl Machine {
 pub struct RunningMachine {
     control: Control,
     threads: Vec<JoinHandle<()>>,
+    /// Whose sockets are removed at the end.
+    _consoles: Consoles,
 }
 
 impl RunningMachine {
@@ -296,13 +408,23 @@ impl Drop for RunningMachine {
     }
 }
 
+/// Devices that are reached from outside.
+struct Attached {
+    disks: Vec<AttachedDisk>,
+    nets: Vec<AttachedNet>,
+    slots: Arc<Slots>,
+    console: Option<AttachedConsole>,
+    balloon: Option<AttachedBalloon>,
+    memory: Option<AttachedMem>,
+}
+
 /// Reaches a running machine from any thread. No call waits for the guest.
 #[derive(Clone)]
 pub struct Control {
     board: Arc<Board>,
     config: Arc<MachineConfig>,
     engine: &'static str,
-    disks: Arc<[AttachedDisk]>,
+    attached: Arc<Attached>,
 }
 
 impl Control {
@@ -322,6 +444,9 @@ impl Control {
     }
     /// Lets the vCPUs run on; `false` if the machine has ended.
     pub fn resume(&self) -> bool {
+        if self.phase() == Phase::Paused {
+            self.board.go_on();
+        }
         self.board.lifecycle.resume()
     }
     /// Resets the machine.
@@ -344,7 +469,70 @@ impl Control {
     }
     /// Looks how large the disks are now, tells the guest where that has changed, and gives what they are.
     pub fn refresh_disks(&self) -> io::Result<Vec<DiskInfo>> {
-        self.disks.iter().map(|disk| disk.refresh(&self.board)).collect()
+        let disks: io::Result<Vec<_>> =
+            self.attached.disks.iter().map(|disk| disk.refresh(&self.board)).collect();
+        Ok([disks?, self.attached.slots.refresh_disks()?].concat())
+    }
+    /// What its network devices are.
+    pub fn nets(&self) -> Vec<NetInfo> {
+        let mut nets = Vec::new();
+        self.for_each_net(|net| nets.push(net.info()));
+        nets
+    }
+    fn for_each_net(&self, mut call: impl FnMut(&AttachedNet)) {
+        self.attached.nets.iter().for_each(&mut call);
+        self.attached.slots.for_each_net(call);
+    }
+    /// Plugs or pulls the cable of a network device, or of all of them; `false` if there is none with a cable.
+    pub fn set_link(&self, device: Option<&str>, up: bool) -> bool {
+        let mut found = false;
+        self.for_each_net(|net| {
+            if device.is_none_or(|id| id == net.id()) {
+                found |= net.set_link(&self.board, up);
+            }
+        });
+        found
+    }
+    /// Puts a device into a slot of the machine's, where its system finds it; gives its name.
+    pub fn attach(&self, device: DeviceConfig) -> Result<String, AttachError> {
+        self.attached.slots.attach(device)
+    }
+    /// Has a device that was attached taken out, when the guest's system has let go of it, or by force. This does not wait
+    /// for it.
+    pub fn detach(&self, id: &str, force: bool) -> Result<(), DetachError> {
+        self.attached.slots.detach(id, force)
+    }
+    /// Asks the guest for a balloon of so many bytes, but not for all of its RAM; `false` if the machine has none.
+    pub fn resize_balloon(&self, bytes: u64) -> bool {
+        let balloon = self.attached.balloon.as_ref();
+        let most = self.config.memory - ruse_memory::PAGE_SIZE;
+        balloon.map(|balloon| balloon.resize(&self.board, bytes.min(most))).is_some()
+    }
+    /// What is in the balloon, if there is one. Waits a fraction of a second for a guest that does not answer.
+    pub fn balloon(&self) -> Option<BalloonInfo> {
+        self.attached.balloon.as_ref().map(AttachedBalloon::info)
+    }
+    /// How large the balloon is, if there is one.
+    pub fn balloon_sizes(&self) -> Option<BalloonSizes> {
+        self.attached.balloon.as_ref().map(AttachedBalloon::sizes)
+    }
+    /// Asks the guest to have so many bytes of RAM.
+    ///
+    /// # Errors
+    /// It cannot have so many.
+    pub fn resize_memory(&self, bytes: u64) -> Result<(), ResizeMemoryError> {
+        let memory = self.attached.memory.as_ref().ok_or(ResizeMemoryError::Fixed)?;
+        memory.resize(&self.board, bytes)
+    }
+    /// How much RAM there is, of a machine that can have more or less.
+    pub fn memory(&self) -> Option<MemoryInfo> {
+        self.attached.memory.as_ref().map(AttachedMem::info)
+    }
+    /// The window of the virtio console, if there is one, has this size now.
+    pub fn resize_console(&self, columns: u16, rows: u16) {
+        if let Some(console) = &self.attached.console {
+            console.resize(&self.board, columns, rows);
+        }
     }
     /// What the machine is doing, in detail. Waits a fraction of a second for vCPUs that do not answer.
     pub fn info(&self) -> MachineInfo {
@@ -354,7 +542,7 @@ impl Control {
         MachineInfo {
             name: self.config.name.clone(),
             phase: self.phase(),
-            engine: self.engine,
+            engine: self.engine.into(),
             memory: self.config.memory,
             uptime_ns: self.board.clock.now_ns(),
             vcpus,

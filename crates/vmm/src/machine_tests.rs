@@ -231,3 +231,123 @@ fn an_engine_has_its_limit() {
     let error = Machine::load(config).unwrap().start(&engine, Console::default()).err().unwrap();
     assert!(error.is_bad_input(), "{error}");
 }
+
+#[test]
+fn without_pci_all_devices_are_where_the_tables_say() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = |name: &str| {
+        let path = dir.path().join(name);
+        std::fs::File::create(&path).unwrap().set_len(2 << 20).unwrap();
+        path.display().to_string()
+    };
+    let (mut config, _file) = tiny_machine();
+    config.kind = MachineKind::Microvm;
+    config.disks = vec![file("a").parse().unwrap(), file("b").parse().unwrap()];
+    config.seed = crate::config::SeedConfig::of(Some(file("user").into()), None, None);
+    config.nets = vec![crate::NetConfig::user(); 2];
+    config.consoles = vec!["null".parse().unwrap(), "null,name=port".parse().unwrap()];
+    config.vsock = Some(format!("3,path={}", dir.path().join("vsock").display()).parse().unwrap());
+    config.balloon = Some(0);
+    config.max_memory = Some(32 << 20);
+    config.pmems = vec![file("pmem").parse().unwrap()];
+    config.shares = vec![format!("{}:tag", dir.path().display()).parse().unwrap()];
+    let machine = Machine::load(config).unwrap();
+    let described: Vec<_> = machine.boot.acpi.virtio.iter().map(|place| u64::from(place.base)).collect();
+    let (found, finds) = channel();
+    let engine = FakeEngine::new(move |_, _, _, bus| {
+        for base in (0xf000_0000..0xfec0_0000u64).step_by(0x1000) {
+            let mut words = [[0; 4]; 3];
+            words.iter_mut().zip([0, 4, 8]).for_each(|(word, offset)| bus.mmio_read(0, base + offset, word));
+            if words != [[0xff; 4]; 3] {
+                found.send((base, words.map(u32::from_le_bytes))).unwrap();
+            }
+        }
+        power_off(bus)
+    });
+    assert!(matches!(machine.start(&engine, Console::default()).unwrap().wait(), Outcome::PowerOff));
+    drop(engine);
+    let (bases, words): (Vec<_>, Vec<_>) = finds.iter().unzip();
+    assert_eq!(bases, described);
+    assert!(words.iter().all(|words| words[..2] == [0x7472_6976, 2]));
+    let kinds: Vec<_> = words.iter().map(|words| words[2]).collect();
+    assert_eq!(kinds, [4, 1, 1, 3, 19, 5, 2, 2, 2, 26, 3, 24, 27]);
+}
+
+/// Starts a machine with a watchdog.
+fn start_watched(
+    action: crate::WatchdogAction,
+    console: Console,
+    program: impl Fn(u32, u32, u32, &dyn Bus) -> Flow + Send + Sync + 'static,
+) -> RunningMachine {
+    let (mut config, _file) = tiny_machine();
+    config.watchdog = Some(action);
+    Machine::load(config).unwrap().start(&FakeEngine::new(program), console).unwrap()
+}
+
+/// Selects a register of the watchdog's configuration space.
+fn select_watchdog(bus: &dyn Bus, register: u32) {
+    bus.pio_write(0, 0xcf8, &(0x8000_0000 | 7 << 11 | 3 << 8 | register).to_le_bytes());
+}
+
+/// Enables the watchdog's registers and says where they are.
+fn find_watchdog(bus: &dyn Bus) -> u64 {
+    select_watchdog(bus, 4);
+    bus.pio_write(0, 0xcfc, &[2, 0]);
+    select_watchdog(bus, 0x10);
+    let mut range = [0; 4];
+    bus.pio_read(0, 0xcfc, &mut range);
+    u32::from_le_bytes(range).into()
+}
+
+/// Starts the watchdog with two stages of some 20 ms.
+fn start_watchdog(bus: &dyn Bus) {
+    let range = find_watchdog(bus);
+    for offset in [0, 4] {
+        bus.mmio_write(0, range + 0xc, &[0x80, 0]);
+        bus.mmio_write(0, range + 0xc, &[0x86, 0]);
+        bus.mmio_write(0, range + offset, &20u32.to_le_bytes());
+    }
+    select_watchdog(bus, 0x68);
+    bus.pio_write(0, 0xcfc, &[2]);
+}
+
+#[test]
+fn a_silent_system_is_reset_and_the_next_one_hears_of_it() {
+    let screen = Screen::default();
+    let running = start_watched(crate::WatchdogAction::Reset, screen.console(), |_, starts, step, bus| {
+        match (starts, step) {
+            (1, 0) => start_watchdog(bus),
+            (1, _) => return Flow::Sleep,
+            _ => {
+                let mut reload = [0; 2];
+                bus.mmio_read(0, find_watchdog(bus) + 0xc, &mut reload);
+                print(bus, &format!("{reload:?}"));
+                return power_off(bus);
+            }
+        }
+        Flow::Go
+    });
+    assert!(matches!(running.wait(), Outcome::PowerOff));
+    assert_eq!(screen.text(), "[0, 2]");
+}
+
+#[test]
+fn a_silent_system_is_held_until_it_is_let_go_on() {
+    let running = start_watched(crate::WatchdogAction::Pause, Console::default(), |_, _, step, bus| {
+        if step == 0 {
+            start_watchdog(bus);
+        }
+        Flow::Sleep
+    });
+    let control = running.control();
+    let limit = Instant::now() + LONG;
+    while control.phase() != Phase::Paused {
+        assert!(Instant::now() < limit, "it is not held");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    assert!(control.resume());
+    std::thread::sleep(Duration::from_millis(100));
+    assert_eq!(control.phase(), Phase::Running, "the watchdog has done its work");
+    control.stop();
+    assert!(matches!(running.wait(), Outcome::Stopped));
+}

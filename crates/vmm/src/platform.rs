@@ -14,6 +14,8 @@ use ruse_devices::rtc::{RTC_PORT, Rtc};
 use ruse_devices::serial::{COM_IRQS, COM_PORTS, Serial};
 use ruse_devices::{Device, ioapic, pic};
 
+use crate::mmio_slots::{self, MmioSlots};
+
 /// Buses that the memory-mapped configuration space covers.
 const ECAM_BUSES: u16 = 256;
 /// Ports that clear the x87 error line on a PC/AT.
@@ -34,6 +36,8 @@ pub(crate) enum Target {
     PciPorts,
     /// The PCI bus; offsets are guest physical addresses.
     PciMemory,
+    /// The slots of a machine without PCI.
+    MmioSlots,
 }
 
 /// A device by its number: its place in [`Platform`], in the alarm's deadlines and among the sources of an interrupt
@@ -61,7 +65,10 @@ pub(crate) struct Platform {
     i8042: Mutex<I8042>,
     port_92: Mutex<Port92>,
     pm: Mutex<Pm>,
-    pci: Mutex<PciHost>,
+    /// The PCI bus of machines that have one.
+    pci: Option<Mutex<PciHost>>,
+    /// The virtio devices of those that have none.
+    pub(crate) slots: MmioSlots,
     post: Mutex<Post>,
     debug_exit: Mutex<DebugExit>,
     /// I/O ports.
@@ -78,11 +85,11 @@ pub(crate) fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Platform {
-    /// The devices of a machine after power-up; PCI functions answer in `windows`.
-    pub(crate) fn new(rtc: Rtc, debug_exit: bool, windows: PciWindows) -> Result<Self, MapError> {
-        let ports = port_map(debug_exit, &windows)?;
-        let memory = memory_map(&windows)?;
-        let pci = PciHost::new(ECAM_BUSES, windows);
+    /// The devices of a machine after power-up. Its PCI functions answer in `windows`; without, it has no PCI bus.
+    pub(crate) fn new(rtc: Rtc, debug_exit: bool, windows: Option<PciWindows>) -> Result<Self, MapError> {
+        let ports = port_map(debug_exit, windows.as_ref())?;
+        let memory = memory_map(windows.as_ref())?;
+        let pci = windows.map(|windows| Mutex::new(PciHost::new(ECAM_BUSES, windows)));
         Ok(Self {
             serial: COM_IRQS.map(|irq| Mutex::new(Serial::new(irq))),
             pit: Mutex::default(),
@@ -90,7 +97,8 @@ impl Platform {
             i8042: Mutex::default(),
             port_92: Mutex::default(),
             pm: Mutex::default(),
-            pci: Mutex::new(pci),
+            pci,
+            slots: MmioSlots::default(),
             post: Mutex::default(),
             debug_exit: Mutex::default(),
             ports,
@@ -109,9 +117,19 @@ impl Platform {
         lock(&self.pm)
     }
 
-    /// The PCI host bridge.
-    pub(crate) fn pci(&self) -> MutexGuard<'_, PciHost> {
-        lock(&self.pci)
+    /// The PCI host bridge of a machine that has one.
+    pub(crate) fn pci(&self) -> Option<MutexGuard<'_, PciHost>> {
+        self.pci.as_ref().map(lock)
+    }
+
+    /// Whether there is a PCI bus.
+    pub(crate) fn has_pci(&self) -> bool {
+        self.pci.is_some()
+    }
+
+    /// Pins of the I/O APIC.
+    pub(crate) fn io_apic_pins(&self) -> usize {
+        if self.has_pci() { ioapic::PINS } else { mmio_slots::PINS }
     }
 
     /// Where PCI functions answer now.
@@ -132,7 +150,7 @@ impl Platform {
             number::I8042 => with(&mut *lock(&self.i8042)),
             number::PORT_92 => with(&mut *lock(&self.port_92)),
             number::PM => with(&mut *lock(&self.pm)),
-            number::PCI => with(&mut *lock(&self.pci)),
+            number::PCI => with(&mut *lock(self.pci.as_ref()?)),
             number::POST => with(&mut *lock(&self.post)),
             number::DEBUG_EXIT => with(&mut *lock(&self.debug_exit)),
             serial => with(&mut *lock(self.serial.get(serial)?)),
@@ -140,7 +158,7 @@ impl Platform {
     }
 }
 
-fn port_map(debug_exit: bool, pci: &PciWindows) -> Result<AddressMap<Target>, MapError> {
+fn port_map(debug_exit: bool, pci: Option<&PciWindows>) -> Result<AddressMap<Target>, MapError> {
     let mut map = AddressMap::ports();
     for (n, port) in COM_PORTS.into_iter().enumerate() {
         map.insert(port.into(), Serial::LEN, Target::Device(number::SERIAL + n), 0)?;
@@ -154,7 +172,6 @@ fn port_map(debug_exit: bool, pci: &PciWindows) -> Result<AddressMap<Target>, Ma
         (I8042_COMMAND_PORT, 1, number::I8042, I8042::COMMAND),
         (PORT_92, Port92::LEN, number::PORT_92, 0),
         (PM_BASE, Pm::LEN, number::PM, 0),
-        (CONFIG_ADDRESS_PORT, PciHost::LEN, number::PCI, 0),
         (POST_PORT, Post::LEN, number::POST, 0),
     ] {
         map.insert(port.into(), len, Target::Device(device), offset)?;
@@ -166,15 +183,22 @@ fn port_map(debug_exit: bool, pci: &PciWindows) -> Result<AddressMap<Target>, Ma
         map.insert(port.into(), 1, Target::Pic, port.into())?;
     }
     map.insert(X87_PORTS.0, X87_PORTS.1, Target::X87, 0)?;
-    insert_window(&mut map, &pci.ports, Target::PciPorts)?;
+    if let Some(windows) = pci {
+        map.insert(CONFIG_ADDRESS_PORT.into(), PciHost::LEN, Target::Device(number::PCI), 0)?;
+        insert_window(&mut map, &windows.ports, Target::PciPorts)?;
+    }
     Ok(map)
 }
 
-fn memory_map(pci: &PciWindows) -> Result<AddressMap<Target>, MapError> {
+fn memory_map(pci: Option<&PciWindows>) -> Result<AddressMap<Target>, MapError> {
     let mut map = AddressMap::memory();
     map.insert(ioapic::BASE, ioapic::SIZE, Target::IoApic, 0)?;
+    let Some(windows) = pci else {
+        map.insert(mmio_slots::BASE, mmio_slots::LEN, Target::MmioSlots, 0)?;
+        return Ok(map);
+    };
     map.insert(ECAM_BASE, u64::from(ECAM_BUSES) << 20, Target::Device(number::PCI), PciHost::ECAM)?;
-    for window in &pci.memory {
+    for window in &windows.memory {
         insert_window(&mut map, window, Target::PciMemory)?;
     }
     Ok(map)

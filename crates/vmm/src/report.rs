@@ -1,8 +1,10 @@
 //! What a machine tells about itself.
 
+use std::borrow::Cow;
+
 use ruse_arch::{MpState, VcpuState};
 use ruse_engine::Counters;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::dump::CpuDump;
 use crate::lifecycle::Phase;
@@ -42,7 +44,7 @@ pub enum Outcome {
 }
 
 /// What a vCPU does.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Activity {
     /// Executes instructions.
@@ -58,7 +60,7 @@ pub enum Activity {
 }
 
 /// A vCPU as of a moment ago.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct VcpuReport {
     /// Its number.
     pub id: u32,
@@ -86,14 +88,14 @@ impl VcpuReport {
 }
 
 /// A machine as of a moment ago.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct MachineInfo {
     /// Its name.
     pub name: String,
     /// What it is doing.
     pub phase: Phase,
     /// The engine that runs it.
-    pub engine: &'static str,
+    pub engine: Cow<'static, str>,
     /// RAM in bytes.
     pub memory: u64,
     /// Nanoseconds since its start.

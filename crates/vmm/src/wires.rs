@@ -2,13 +2,19 @@
 
 use std::collections::BTreeSet;
 
-/// Interrupt lines of a machine.
-const LINES: usize = 24;
+/// Interrupt lines of a machine, of which each leads to a pin of the I/O APIC.
+const LINES: usize = ruse_devices::ioapic::MOST_PINS;
 
 /// Who drives each line. A line is high while anyone holds it high.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Wires {
     drivers: [BTreeSet<usize>; LINES],
+}
+
+impl Default for Wires {
+    fn default() -> Self {
+        Self { drivers: std::array::from_fn(|_| BTreeSet::new()) }
+    }
 }
 
 impl Wires {
@@ -37,7 +43,7 @@ mod tests {
         assert_eq!(wires.drive(0, 4, false), Some(true));
         assert_eq!(wires.drive(0, 3, false), Some(false));
         assert_eq!(wires.drive(2, 4, false), Some(false));
-        assert_eq!(wires.drive(0, 24, true), None);
+        assert_eq!(wires.drive(0, 64, true), None);
         assert_eq!(wires.drive(70_000, 4, true), Some(true), "PCI functions have large numbers");
     }
 }

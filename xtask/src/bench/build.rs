@@ -52,8 +52,11 @@ impl Materials {
     }
 }
 
-/// Builds `ruse` in release mode and gives its path.
-pub fn ruse() -> Result<PathBuf> {
+/// The `ruse` to measure: the one that is given, else this tree's, which is built in release mode.
+pub fn ruse(given: Option<&Path>) -> Result<PathBuf> {
+    if let Some(given) = given {
+        return Ok(given.to_owned());
+    }
     eprintln!("building ruse");
     let cargo = env::var_os("CARGO").unwrap_or("cargo".into());
     let status = Command::new(cargo)

@@ -14,8 +14,8 @@ use clap::{Args, ValueEnum};
 pub use build::{Materials, ruse};
 use floor::Floors;
 pub use report::{cell, median};
-use run::{CaseTime, Job, Outcome};
-pub use run::{GUEST_RAM, Guest, QEMU, qemu_is_here};
+pub use run::{Accel, CaseTime, GUEST_RAM, Guest, QEMU, qemu_is_here};
+use run::{Job, Outcome};
 
 /// What to run, and how often.
 #[derive(Args)]

@@ -6,6 +6,7 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
+use clap::ValueEnum;
 
 use super::build::{self, Materials};
 use super::{Options, Peer};
@@ -65,10 +66,9 @@ impl<'a> Job<'a> {
         materials: &'a Materials,
         cases: &[(String, String)],
     ) -> Result<Job<'a>> {
-        let ruse = match &options.ruse {
-            Some(path) => path.clone(),
-            None if options.peers.contains(&Peer::Ruse) => build::ruse()?,
-            None => PathBuf::new(),
+        let ruse = match options.peers.contains(&Peer::Ruse) {
+            true => build::ruse(options.ruse.as_deref())?,
+            false => PathBuf::new(),
         };
         Ok(Job { options, materials, ruse, cases: super::names(cases) })
     }
@@ -126,7 +126,8 @@ impl<'a> Job<'a> {
     fn command(&self, peer: Peer, what: &str) -> Command {
         let Materials { program, initrd, kernel } = self.materials;
         let line = format!("console=ttyS0 panic=-1 quiet {what}");
-        let guest = Guest { kernel, initrd, line, mebibytes: 1024, cpus: self.options.cpus };
+        let guest =
+            Guest { kernel, initrd, line, mebibytes: 1024, cpus: self.options.cpus, accel: Accel::Dbt };
         match peer {
             Peer::Native => {
                 let mut command = Command::new(program);
@@ -137,6 +138,15 @@ impl<'a> Job<'a> {
             Peer::Ruse => guest.under_ruse(&self.ruse, &self.options.ruse_args),
         }
     }
+}
+
+/// What executes the guest's instructions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Accel {
+    /// Ruse's translator, and QEMU's (TCG).
+    Dbt,
+    /// /dev/kvm.
+    Kvm,
 }
 
 /// A guest that every peer can run.
@@ -151,14 +161,17 @@ pub struct Guest<'a> {
     pub mebibytes: u32,
     /// The number of its CPUs.
     pub cpus: u32,
+    /// What executes its instructions.
+    pub accel: Accel,
 }
 
 impl Guest<'_> {
-    /// Under QEMU's translator, as a machine of this type.
+    /// Under QEMU, as a machine of this type.
     pub fn under_qemu(&self, machine: &str) -> Command {
         let mut command = Command::new(QEMU);
         command.args(["-nodefaults", "-display", "none", "-serial", "stdio", "-no-reboot"]);
-        command.args(["-M", machine, "-accel", "tcg", "-cpu", "max"]);
+        let accel = if self.accel == Accel::Kvm { "kvm" } else { "tcg" };
+        command.args(["-M", machine, "-accel", accel, "-cpu", "max"]);
         command.args(["-m", &self.mebibytes.to_string(), "-smp", &self.cpus.to_string()]);
         command.args(["-append", &self.line]);
         command.arg("-kernel").arg(self.kernel).arg("-initrd").arg(self.initrd);
@@ -168,7 +181,8 @@ impl Guest<'_> {
     /// Under this `ruse`, with more arguments.
     pub fn under_ruse(&self, ruse: &Path, arguments: &[String]) -> Command {
         let mut command = Command::new(ruse);
-        command.args(["run", "--accel", "dbt", "--memory", &format!("{}M", self.mebibytes)]);
+        let accel = if self.accel == Accel::Kvm { "kvm" } else { "dbt" };
+        command.args(["run", "--accel", accel, "--memory", &format!("{}M", self.mebibytes)]);
         command.args(["--cpus", &self.cpus.to_string(), "--cmdline", &self.line]);
         command.arg("--kernel").arg(self.kernel).arg("--initrd").arg(self.initrd).args(arguments);
         command
@@ -177,7 +191,7 @@ impl Guest<'_> {
 
 impl CaseTime {
     /// Reads `BENCH group name seconds check`; a case that this CPU cannot run has no seconds.
-    fn parse(line: &str) -> Option<CaseTime> {
+    pub fn parse(line: &str) -> Option<CaseTime> {
         let mut words = line[line.find("BENCH ")?..].split_whitespace().skip(2);
         let (name, seconds, check) = (words.next()?, words.next()?, words.next()?);
         let seconds = if seconds == "-" { f64::NAN } else { seconds.parse().ok()? };

@@ -1,8 +1,8 @@
 # The cases of the KVM lab, run inside it: cases NAME...
-# A case is the boot of a kernel (bzimage-CPUS, vmlinux-CPUS), one that reboots in between (reboot-CPUS) or copies on a disk
-# (disk-CPUS), or a test program.
+# A case is the boot of a kernel (bzimage-CPUS, vmlinux-CPUS), one that reboots in between (reboot-CPUS) or uses devices
+# (disk-CPUS, vhost-CPUS), or a test program.
 cd /lab || exit
-export RUSE_NEED_KVM=1 RUSE_MOVES=100
+export RUSE_NEED_KVM=1 RUSE_NEED_VHOST=1 RUSE_MOVES=100
 
 # boot KERNEL CPUS [WORDS]. A quiet console: each exit of the guest costs a lot here.
 boot() {
@@ -10,13 +10,21 @@ boot() {
         --cmdline "console=ttyS0 quiet panic=-1 bench=none $3"
 }
 
-# Waits until the guest has come up so many times; false if it ends before.
+# guest CPUS SCRIPT WORDS...: the default guest runs a script.
+guest() {
+    cpus=$1
+    script=$(echo "$2" | base64 -w 0)
+    shift 2
+    timeout 300 ./ruse run --accel kvm --kernel vmlinux --initrd default.cpio --cpus "$cpus" \
+        --cmdline "console=ttyS0 quiet panic=-1 ruse.run=$script" "$@"
+}
+
+# Waits until the guest has printed a word so many times; false if it ends before.
 await() {
-    until [ "$(grep -c GUEST-DONE /tmp/log)" = "$1" ]; do
+    until [ "$(grep -c "$1" /tmp/log)" = "$2" ]; do
         sleep 1
         kill -0 $guest || return
     done
-    sleep 2
 }
 
 # Its shell is told to reboot, and the next one to power off.
@@ -25,7 +33,8 @@ reboot() {
     boot vmlinux "$1" shell < /tmp/keys > /tmp/log &
     guest=$!
     exec 3> /tmp/keys
-    await 1 && echo '/bin/busybox reboot -f' >&3 && await 2 && echo '/bin/busybox poweroff -f' >&3 && wait $guest
+    await GUEST-DONE 1 && sleep 2 && echo '/bin/busybox reboot -f' >&3 &&
+        await GUEST-DONE 2 && sleep 2 && echo '/bin/busybox poweroff -f' >&3 && wait $guest
     status=$?
     cat /tmp/log
     return $status
@@ -36,9 +45,41 @@ disk() {
     head -c 2097152 /dev/urandom > /tmp/half
     cat /tmp/half /tmp/half > /tmp/expected
     { cat /tmp/half; head -c 2097152 /dev/zero; } > /tmp/disk
-    script=$(echo 'dd if=/dev/vda of=/dev/vda bs=64k count=32 seek=32 conv=notrunc,fsync; echo GUEST-UP cpus=$(nproc)' | base64 -w 0)
-    timeout 300 ./ruse run --accel kvm --kernel vmlinux --initrd default.cpio --memory 256M --cpus "$1" \
-        --disk /tmp/disk --cmdline "console=ttyS0 quiet panic=-1 ruse.run=$script" && cmp /tmp/disk /tmp/expected
+    guest "$1" 'dd if=/dev/vda of=/dev/vda bs=64k count=32 seek=32 conv=notrunc,fsync; echo GUEST-UP cpus=$(nproc)' \
+        --memory 256M --disk /tmp/disk && cmp /tmp/disk /tmp/expected
+}
+
+# The kernel serves a network device and sockets of the default guest: files go both ways.
+vhost() {
+    { tunctl -t t0 && ip addr add 10.9.0.1/24 dev t0 && ip link set t0 up; } || return
+    head -c 1048576 /dev/urandom > /tmp/sent
+    seq 1 20000 > /tmp/numbers
+    nc -l -p 1000 -e md5sum &
+    nc -l -p 1001 -e cat /tmp/sent &
+    ./vsock echo 1002 1 &
+    guest "$1" '
+        killall udhcpc; ip addr add 10.9.0.2/24 dev eth0
+        echo SENT $(nc 10.9.0.1 1000 < /bin/busybox)
+        echo RECEIVED $(nc 10.9.0.1 1001 < /dev/null | md5sum)
+        echo ECHOED $(seq 1 20000 | vsock send 2 1002 | md5sum)
+        vsock echo 52 1 & echo READY; wait
+        echo GUEST-UP cpus=$(nproc)' \
+        --memory 256M --net tap=t0,vhost=on --vsock 5,vhost > /tmp/log &
+    guest=$!
+    await READY 1 && until ./vsock send 5 52 < /tmp/numbers > /tmp/echo; do
+        sleep 1
+        kill -0 $guest || break
+    done
+    wait $guest && cmp /tmp/echo /tmp/numbers && printed SENT /bin/busybox && printed RECEIVED /tmp/sent &&
+        printed ECHOED /tmp/numbers
+    status=$?
+    cat /tmp/log
+    return $status
+}
+
+# Whether the guest has printed a word and the digest of this file.
+printed() {
+    grep -q "$1 $(md5sum < "$2" | cut -c -32)" /tmp/log
 }
 
 # QEMU 7 does not intercept XSETBV, so that KVM does not learn of it.
@@ -52,6 +93,7 @@ for name; do
         bzimage-* | vmlinux-*) boot "${name%-*}" "${name#*-}" ;;
         reboot-*) reboot "${name#*-}" ;;
         disk-*) disk "${name#*-}" ;;
+        vhost-*) vhost "${name#*-}" ;;
         *) run_tests "$name" ;;
     esac < /dev/null
     echo "LAB-END $?"

@@ -1,4 +1,4 @@
-//! The lab's kernel and initramfs: the default guest's, with KVM's modules and what is to be run.
+//! The lab's kernel and initramfs: the default guest's, with modules of KVM and vhost and what is to be run.
 
 use std::env;
 use std::fs;
@@ -12,7 +12,19 @@ use ruse_guest::{DefaultGuest, GuestFiles, Initramfs, Module, Silent};
 use super::archive::Archive;
 
 /// Modules by path in a kernel's tree, in the order in which they have to be loaded.
-const MODULES: [&str; 3] = ["virt/lib/irqbypass.ko", "arch/x86/kvm/kvm.ko", "arch/x86/kvm/kvm-amd.ko"];
+const MODULES: [&str; 11] = [
+    "virt/lib/irqbypass.ko",
+    "arch/x86/kvm/kvm.ko",
+    "arch/x86/kvm/kvm-amd.ko",
+    "drivers/vhost/vhost_iotlb.ko",
+    "drivers/vhost/vhost.ko",
+    "drivers/net/tun.ko",
+    "drivers/net/tap.ko",
+    "drivers/vhost/vhost_net.ko",
+    "net/vmw_vsock/vsock.ko",
+    "net/vmw_vsock/vmw_vsock_virtio_transport_common.ko",
+    "drivers/vhost/vhost_vsock.ko",
+];
 
 /// What QEMU boots.
 pub struct Image {
@@ -23,11 +35,11 @@ pub struct Image {
 }
 
 impl Image {
-    /// Makes the image NAME of the default guest, KVM's modules and an archive.
+    /// Makes the image NAME of the default guest, the modules and an archive.
     pub fn prepare(name: &str, archive: Archive) -> Result<Image> {
         let guest = DefaultGuest::new()?.prepare(&mut Silent)?;
         let modules = modules(&guest)?;
-        let base = Initramfs { busybox: fs::read(&guest.busybox)?, modules, disk_modules: Vec::new() };
+        let base = Initramfs { busybox: fs::read(&guest.busybox)?, modules, device_modules: Vec::new() };
         let mut bytes = base.build()?;
         // The kernel unpacks one archive after the other.
         bytes.extend(archive.finish()?);
@@ -37,7 +49,7 @@ impl Image {
     }
 }
 
-/// KVM's modules for the guest's kernel, from its package, which is fetched once.
+/// The modules for the guest's kernel, from its package, which is fetched once.
 fn modules(guest: &GuestFiles) -> Result<Vec<Module>> {
     let directory = directory()?.join(&guest.release);
     let name = |path: &str| path.rsplit('/').next().unwrap_or(path).to_owned();
@@ -85,7 +97,7 @@ fn fetch(guest: &GuestFiles, directory: &Path) -> Result<PathBuf> {
 }
 
 /// Where the lab's files are, beside what cargo builds.
-fn directory() -> Result<PathBuf> {
+pub fn directory() -> Result<PathBuf> {
     let this = env::current_exe().context("finding this program")?;
     let directory = this.ancestors().nth(2).context("finding this program's directory")?.join("lab");
     fs::create_dir_all(&directory)?;

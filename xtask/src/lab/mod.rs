@@ -4,6 +4,7 @@
 mod archive;
 mod build;
 mod image;
+mod installed;
 mod run;
 
 use anyhow::{Context, Result, bail};
@@ -13,15 +14,17 @@ use ruse_guest::{DefaultGuest, Silent};
 pub use archive::{Archive, read};
 use build::Programs;
 pub use image::Image;
+pub use installed::{add_installed, measuring};
 use run::Outcome;
 pub use run::command;
 
 use crate::bench::{Materials, QEMU, qemu_is_here};
 use crate::vmlinux;
 
-/// Boots of the stock kernel to the benchmark guest's init: the kernel's form and the guest's CPUs. One reboots, one boots the
-/// default guest with a disk.
-const BOOTS: [&str; 6] = ["bzimage-1", "bzimage-2", "vmlinux-1", "vmlinux-2", "reboot-2", "disk-2"];
+/// Boots of the stock kernel to the benchmark guest's init: the kernel's form and the guest's CPUs. One reboots; some boot the
+/// default guest with devices.
+const BOOTS: [&str; 7] =
+    ["bzimage-1", "bzimage-2", "vmlinux-1", "vmlinux-2", "reboot-2", "disk-2", "vhost-1"];
 
 /// What to run in the lab.
 #[derive(Args)]
@@ -71,7 +74,13 @@ fn archive(programs: &Programs) -> Result<Archive> {
     archive.file("lab/vmlinux", 0o644, &vmlinux::extract(&kernel).context("no ELF file in the kernel")?)?;
     archive.file("lab/bzimage", 0o644, &kernel)?;
     archive.file("lab/guest.cpio.gz", 0o644, &read(&materials.initrd)?)?;
-    archive.file("lab/default.cpio", 0o644, &read(&DefaultGuest::new()?.prepare(&mut Silent)?.initrd)?)?;
+    let sockets = image::directory()?.join("vsock");
+    build::sockets(&sockets)?;
+    archive.program("lab/vsock", &sockets)?;
+    let mut added = Archive::new();
+    added.program("bin/vsock", &sockets)?;
+    let default = read(&DefaultGuest::new()?.prepare(&mut Silent)?.initrd)?;
+    archive.file("lab/default.cpio", 0o644, &[default, added.finish()?].concat())?;
     Ok(archive)
 }
 

@@ -13,7 +13,7 @@ use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 use ruse_guest::{DefaultGuest, GuestFiles, Silent, run_argument};
 
-use crate::bench::{self, CaseFigures, Figures, Guest, Measured, Peer, present_peers};
+use crate::bench::{self, Accel, CaseFigures, Figures, Guest, Measured, Peer, present_peers};
 use crate::running::Running;
 use tree::{Load, Tree};
 
@@ -71,10 +71,7 @@ struct Job<'a> {
 pub fn run(options: &Options) -> Result<()> {
     let loads: Vec<_> = chosen(&options.names)?.iter().map(|name| Load::read(name)).collect::<Result<_>>()?;
     let peers = present_peers(&options.peers)?;
-    let ruse = match &options.ruse {
-        Some(path) => path.clone(),
-        None => bench::ruse()?,
-    };
+    let ruse = bench::ruse(options.ruse.as_deref())?;
     let directory =
         env::current_exe()?.ancestors().nth(2).context("this program has no directory")?.join("loads");
     let guest = match fetch(&loads, &directory) {
@@ -143,7 +140,8 @@ impl Job<'_> {
         let script = format!("chroot /{} {} cases", tree::PLACE_IN_GUEST, native::SCRIPT.join(" "));
         let line = format!("console=ttyS0 panic=-1 quiet {}", run_argument(&script));
         let (kernel, initrd) = (&*self.guest.kernel, &*tree.initrd);
-        let guest = Guest { kernel, initrd, line, mebibytes: 2048, cpus: self.options.cpus };
+        let guest =
+            Guest { kernel, initrd, line, mebibytes: 2048, cpus: self.options.cpus, accel: Accel::Dbt };
         Ok(match peer {
             Peer::Native => native::command(&tree.root, "cases")?,
             Peer::Qemu => guest.under_qemu("pc"),

@@ -1,27 +1,14 @@
 //! The same measurement inside the lab: this program goes there too, with the monitors and what they load.
 
-use std::env;
-use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
 use anyhow::{Context, Result};
 
 use super::peer::Peer;
 use super::{Measured, Options, directory, measure::can_trace, present, system};
-use crate::bench::{self, QEMU};
-use crate::lab::{Archive, Image, command, read};
+use crate::lab::{Archive, Image, add_installed, command, measuring, read};
 use crate::running::Running;
 
-/// Firmware and option ROMs of QEMU's machines. They are where QEMU looks for them, in one of two directories.
-const FIRMWARE: [&str; 6] = [
-    "bios-256k.bin",
-    "bios-microvm.bin",
-    "kvmvapic.bin",
-    "linuxboot_dma.bin",
-    "pvh.bin",
-    "multiboot_dma.bin",
-];
-const FIRMWARE_DIRECTORIES: [&str; 2] = ["/usr/share/qemu", "/usr/share/seabios"];
 /// What the line of figures begins with.
 const MARK: &str = "MEASURED ";
 /// Seconds that all of it may take for each monitor and round, with the lab's start.
@@ -55,37 +42,13 @@ pub fn measure(options: &Options) -> Result<Measured> {
 
 /// All that is needed in the lab.
 fn archive(options: &Options, peers: &[Peer]) -> Result<Archive> {
-    let mut archive = Archive::new();
-    archive.program("lab/xtask", &env::current_exe().context("finding this program")?)?;
-    archive.program("lab/ruse", &options.ruse.clone().map_or_else(bench::ruse, Ok)?)?;
+    let mut archive = measuring(options.ruse.as_deref())?;
     let (kernel, initrd) = system(options, &directory()?)?;
     archive.file("lab/vmlinux", 0o644, &read(&kernel)?)?;
     archive.file("lab/guest.cpio.gz", 0o644, &read(&initrd)?)?;
     let mut programs: Vec<&str> = peers.iter().filter_map(|peer| Some(peer.program()?.0)).collect();
     programs.dedup();
-    if programs.contains(&QEMU) {
-        for file in firmware() {
-            archive.as_here(&file)?;
-        }
-    }
     programs.extend(can_trace().then_some("strace"));
-    for program in programs {
-        archive.program(&format!("usr/bin/{program}"), &find(program)?)?;
-    }
+    programs.into_iter().try_for_each(|program| add_installed(&mut archive, program))?;
     Ok(archive)
-}
-
-/// The firmware that is installed.
-fn firmware() -> Vec<PathBuf> {
-    let paths = FIRMWARE_DIRECTORIES
-        .iter()
-        .flat_map(|directory| FIRMWARE.map(|name| Path::new(directory).join(name)));
-    paths.filter(|path| path.is_file()).collect()
-}
-
-/// Where a program is in the search path.
-fn find(program: &str) -> Result<PathBuf> {
-    let directories = env::var_os("PATH").unwrap_or_default();
-    let found = env::split_paths(&directories).map(|path| path.join(program)).find(|path| path.is_file());
-    found.with_context(|| format!("there is no {program}"))
 }

@@ -95,7 +95,7 @@ fn measure(options: &Options) -> Result<Measured> {
     measure::need_kvm()?;
     let peers = present(&options.peers)?;
     let directory = directory()?;
-    let ruse = options.ruse.clone().map_or_else(bench::ruse, Ok)?;
+    let ruse = bench::ruse(options.ruse.as_deref())?;
     let system = if options.boot || kvm_is_fast(&ruse)? { Some(system(options, &directory)?) } else { None };
     if system.is_none() {
         eprintln!("no boots: /dev/kvm is software here (--boot makes them all the same; --lab has hardware)");

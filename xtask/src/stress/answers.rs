@@ -4,7 +4,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 
 /// How often a program runs again whose digest is not the guest's.
 const AGAIN: u32 = 5;
@@ -30,16 +30,13 @@ impl Answers {
         Ok(Answers { child, names, digests })
     }
 
-    /// Runs a program and gives the digest that it finds.
+    /// Runs a program and gives the digest that it finds, or how it has failed.
     pub fn find(&mut self, name: &str) -> Result<String> {
         writeln!(self.names, "{name}").context("naming a program")?;
         let mut line = String::new();
         self.digests.read_line(&mut line).context("reading what a program found")?;
         let found = line.trim_end();
         ensure!(!found.is_empty(), "the programs on this host ended at {name}");
-        if u64::from_str_radix(found, 16).is_err() {
-            bail!("{name} fails on this host as well: {found}");
-        }
         Ok(found.to_owned())
     }
 

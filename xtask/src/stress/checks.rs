@@ -93,9 +93,14 @@ mod tests {
 
     /// What comes of programs that find these digests in the guest, and 00ff here.
     fn check(found: &[(&str, &str)]) -> Result<Vec<String>> {
+        check_with("#!/bin/sh\nwhile read name; do echo 00ff; done\n", found)
+    }
+
+    /// The same with a script in place of the programs here.
+    fn check_with(script: &str, found: &[(&str, &str)]) -> Result<Vec<String>> {
         let directory = tempfile::tempdir()?;
         let program = directory.path().join("program");
-        fs::write(&program, "#!/bin/sh\nwhile read name; do echo 00ff; done\n")?;
+        fs::write(&program, script)?;
         fs::set_permissions(&program, Permissions::from_mode(0o755))?;
         let checks = Checks::start(&program)?;
         found.iter().try_for_each(|(name, digest)| checks.add(name, digest))?;
@@ -113,5 +118,14 @@ mod tests {
     fn a_program_that_finds_something_else_is_a_failure() {
         let failure = check(&[("jit-1", "00ff"), ("jit-2", "0001")]).unwrap_err();
         assert_eq!(failure.to_string(), "jit-2: the guest found 0001, this host 00ff");
+    }
+
+    #[test]
+    fn a_program_that_fails_here_once_runs_again() {
+        let script = "#!/bin/sh\nread name; echo status 103\nwhile read name; do echo 00ff; done\n";
+        assert_eq!(check_with(script, &[("jit-1", "00ff")]).unwrap(), ["jit-1"]);
+        let always = "#!/bin/sh\nwhile read name; do echo status 103; done\n";
+        let failure = check_with(always, &[("jit-1", "00ff")]).unwrap_err();
+        assert_eq!(failure.to_string(), "jit-1: the guest found 00ff, this host status 103");
     }
 }

@@ -5,6 +5,7 @@ mod answers;
 mod checks;
 mod guest;
 mod progress;
+mod stops;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -18,6 +19,7 @@ use answers::Answers;
 use checks::Checks;
 use guest::Guest;
 use progress::Progress;
+use stops::Stops;
 
 /// Seconds without a line after which the guest counts as hung.
 const SILENCE: u64 = 400;
@@ -39,6 +41,9 @@ pub struct Options {
     /// Runs this program alone, again and again, as often as there is time for.
     #[arg(long, value_name = "NAME")]
     only: Option<String>,
+    /// Stops and continues the machine's processes all the time, as job control and freezers do.
+    #[arg(long)]
+    stops: bool,
     /// The `ruse` to try; without it, the one of this tree is built.
     #[arg(long)]
     ruse: Option<PathBuf>,
@@ -100,11 +105,13 @@ fn by_the_clock() -> u64 {
 fn compare(options: &Options, seed: u64, done: &mut Done) -> Result<()> {
     let guest = Guest::prepare(options)?;
     if let Some(only) = &options.only {
-        Answers::start(&guest.program)?.find(only)?;
+        let found = Answers::start(&guest.program)?.find(only)?;
+        ensure!(u64::from_str_radix(&found, 16).is_ok(), "{only} fails on this host as well: {found}");
     }
     let checks = Checks::start(&guest.program)?;
     let mut progress = Progress::new(Duration::from_secs_f64(options.minutes * 60.0));
     let mut run = guest.start(options, seed, SILENCE)?;
+    let _stops = options.stops.then(|| Stops::begin(run.id()));
     while let Some((_, line)) = run.next_line()? {
         run.allow(SILENCE);
         let said = match Said::by(&line) {

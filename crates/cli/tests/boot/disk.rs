@@ -11,14 +11,14 @@ use crate::machine::{Machine, word};
 const MIB: usize = 1 << 20;
 
 /// An image of so many MiB in a directory, with bytes that say where they are.
-fn image(dir: &Path, name: &str, mib: usize) -> PathBuf {
+pub fn image(dir: &Path, name: &str, mib: usize) -> PathBuf {
     let path = dir.join(name);
     let bytes: Vec<u8> = (0..(mib * MIB / 8) as u64).flat_map(|n| (n * 0x9e37_79b9).to_le_bytes()).collect();
     fs::write(&path, bytes).unwrap();
     path
 }
 
-fn md5(bytes: &[u8]) -> String {
+pub fn md5(bytes: &[u8]) -> String {
     use std::io::Write;
     use std::process::{Command, Stdio};
     let mut child = Command::new("md5sum").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
@@ -71,6 +71,24 @@ fn a_disk_does_with_split_rings_and_an_interrupt_pin() {
     copies_and_cannot_write_another(",ring=split", "pci=nomsi", "0", "IO-APIC");
 }
 
+#[test]
+fn cloud_init_finds_its_disk_behind_all_others() {
+    let Some(files) = guest() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let (disk, user_data) = (image(dir.path(), "disk", 1), dir.path().join("user"));
+    fs::write(&user_data, "#cloud-config\npackages: [hello]\n").unwrap();
+    let options = ["--disk", word(&disk), "--user-data", word(&user_data), "--name", "one"];
+    // The label of a FAT file system is at 43 of the first sector.
+    let script = "echo -- disks; echo /sys/block/*; cat /sys/block/vdb/ro; head -c 54 /dev/vdb | tail -c 11 | tr -d ' '; echo
+        echo -- files; tr -d '\\000' < /dev/vdb | grep -a -e '^#cloud' -e '^packages' -e '^instance'; echo -- end\n";
+    let ended = run_script(&files.kernel, &files, &options, "", script);
+    assert_eq!(ended.section("disks"), ["/sys/block/vda /sys/block/vdb", "1", "cidata"]);
+    let files = ended.section("files");
+    for line in ["packages: [hello]", "instance-id: \"one\""] {
+        assert!(files.contains(&line), "{line} in {files:?}");
+    }
+}
+
 /// Makes a file system with many files in it, frees what is of no use any more, and writes what is left.
 const FILL: &str = r#"
 echo -- fill; mke2fs /dev/vda > /dev/null 2>&1; mkdir /m; mount -t ext4 -o discard /dev/vda /m
@@ -99,6 +117,30 @@ fn a_file_system_is_there_at_the_next_boot() {
         blocks * 512 < 40 * MIB as u64,
         "what the guest discards is given back: {blocks} blocks are left"
     );
+}
+
+#[test]
+fn a_file_system_is_kept_in_an_overlay() {
+    use ruse_block::{Backing, CreateOptions, Format, OpenOptions, Repair};
+    let Some(files) = guest() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let base = image(dir.path(), "base", 48);
+    let before = fs::read(&base).unwrap();
+    let path = dir.path().join("overlay");
+    let backing = Some(Backing { path: base.clone(), format: Some(Format::Raw) });
+    let options = CreateOptions { backing, ..CreateOptions::new(Format::Qcow2, 48 * MIB as u64) };
+    drop(ruse_block::create(&path, &options).unwrap());
+    let run = |script: &str, disk: &str| {
+        let script = format!("{script}echo -- end\n");
+        run_script(&files.kernel, &files, &["--accel", "dbt", "--disk", disk], "", &script)
+    };
+    let filled = run(FILL, word(&path));
+    let read = run(READ, &format!("{},format=qcow2,readonly", word(&path)));
+    assert_eq!(read.section("read"), ["200", filled.section("fill")[0]]);
+    let overlay = ruse_block::open(&path, &OpenOptions::default()).unwrap();
+    let report = overlay.check(Repair::Nothing).unwrap().unwrap();
+    assert!(report.is_clean(), "{report:?}");
+    assert!(fs::read(&base).unwrap() == before, "what is behind the overlay stays");
 }
 
 #[test]

@@ -18,7 +18,7 @@ pub fn guest() -> Option<GuestFiles> {
 }
 
 /// The default guest with Debian's full kernel, of which 70 MB are fetched.
-fn full_guest() -> Option<GuestFiles> {
+pub fn full_guest() -> Option<GuestFiles> {
     let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join("full-kernel");
     prepare(Ok(DefaultGuest::in_dir(dir).with_kernel(&["linux-image-amd64", "linux-image-generic"])))
 }
@@ -246,6 +246,19 @@ fn an_interrupt_ends_the_machine() {
     machine.signal("INT");
     let ended = machine.end().with_code(1);
     assert!(ended.messages.contains("ended by SIGINT"), "{}", ended.messages);
+}
+
+#[test]
+fn a_guest_that_would_stand_still_after_its_panic_is_ended() {
+    let Some(files) = guest() else { return };
+    let cmdline = format!("console=ttyS0 panic=0 {}", run_argument("echo c > /proc/sysrq-trigger"));
+    let kernel = ["--kernel", word(&files.kernel), "--initrd", word(&files.initrd), "--cmdline", &cmdline];
+    let ended = Machine::start(&[&kernel[..], &["--cpus", "2"]].concat()).end().with_code(4);
+    for text in
+        ["the guest panicked: Kernel panic - not syncing: sysrq triggered crash", "the state of vCPU "]
+    {
+        assert!(ended.messages.contains(text), "{}", ended.messages);
+    }
 }
 
 #[test]

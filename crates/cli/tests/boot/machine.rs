@@ -9,6 +9,8 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use tempfile::TempDir;
+
 use crate::terminal::Terminal;
 
 /// The longest that any step of a guest may take. Hosts of continuous integration are slow, and shared.
@@ -26,6 +28,7 @@ pub struct Machine {
     /// How much of the console [`Machine::expect`] has passed.
     seen: usize,
     terminal: Option<Terminal>,
+    runtime: TempDir,
 }
 
 /// A guest that has ended.
@@ -42,21 +45,38 @@ pub struct Ended {
 impl Machine {
     /// Starts `ruse run` with these words, its console on pipes.
     pub fn start(words: &[&str]) -> Self {
-        let mut child = spawn(words, Stdio::piped(), Stdio::piped());
+        let runtime = tempfile::tempdir().unwrap();
+        let mut child = spawn(&runtime, words, Stdio::piped(), Stdio::piped());
         let (stdin, stdout) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
-        Self::watch(child, Box::new(stdin), stdout, None)
+        Self::watch(runtime, child, Box::new(stdin), stdout, None)
     }
 
     /// Starts `ruse run` with these words on a terminal of its own.
     pub fn on_terminal(words: &[&str]) -> Self {
-        let terminal = Terminal::open();
+        let (runtime, terminal) = (tempfile::tempdir().unwrap(), Terminal::open());
         let end = |fd: OwnedFd| Stdio::from(fd);
-        let child = spawn(words, end(terminal.program_end()), end(terminal.program_end()));
+        let child = spawn(&runtime, words, end(terminal.program_end()), end(terminal.program_end()));
         let (keyboard, screen) = (terminal.user_end(), terminal.user_end());
-        Self::watch(child, Box::new(keyboard), screen, Some(terminal))
+        Self::watch(runtime, child, Box::new(keyboard), screen, Some(terminal))
+    }
+
+    /// Starts any command of the program on a terminal of its own.
+    pub fn command(command: &mut Command) -> Self {
+        let terminal = Terminal::open();
+        let end = || Stdio::from(terminal.program_end());
+        let child = command.stdin(end()).stdout(end()).stderr(Stdio::piped()).spawn();
+        let (keyboard, screen) = (terminal.user_end(), terminal.user_end());
+        let own = tempfile::tempdir().unwrap();
+        Self::watch(own, child.expect("the program starts"), Box::new(keyboard), screen, Some(terminal))
+    }
+
+    /// Where the machine is found.
+    pub fn runtime(&self) -> &TempDir {
+        &self.runtime
     }
 
     fn watch(
+        runtime: TempDir,
         mut child: Child,
         keyboard: Box<dyn Write>,
         mut screen: impl Read + Send + 'static,
@@ -78,7 +98,7 @@ impl Machine {
             String::from_utf8_lossy(&bytes).into_owned()
         });
         let (messages, console) = (Some(messages), String::new());
-        Self { child, keyboard, output, messages, console, seen: 0, terminal }
+        Self { child, keyboard, output, messages, console, seen: 0, terminal, runtime }
     }
 
     /// Types on the guest's console.
@@ -105,10 +125,10 @@ impl Machine {
     pub fn ask(&mut self, command: &str) -> String {
         // The echo of what is typed does not look like the answer.
         self.type_in(&format!("echo ans$((6))wer $({command})\n"));
-        self.expect("ans6wer ");
+        self.expect("ans6wer");
         let begin = self.seen;
         self.expect("\n");
-        self.console[begin..].lines().next().unwrap_or_default().to_owned()
+        self.console[begin..].lines().next().unwrap_or_default().trim_start().to_owned()
     }
 
     /// Fails the test if the guest prints `text` within a time.
@@ -137,6 +157,14 @@ impl Machine {
         let fields: Vec<_> = stat.rsplit_once(')').unwrap().1.split_whitespace().collect();
         let ticks: u64 = fields[11..13].iter().map(|ticks| ticks.parse::<u64>().unwrap()).sum();
         Duration::from_secs_f64(ticks as f64 / rustix::param::clock_ticks_per_second() as f64)
+    }
+
+    /// Bytes of the guest's RAM that the program has mapped.
+    pub fn guest_memory(&self) -> u64 {
+        let status =
+            fs::read_to_string(format!("/proc/{}/status", self.child.id())).expect("the program runs");
+        let line = status.lines().find_map(|line| line.strip_prefix("RssShmem:")).expect("Linux says so");
+        line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() << 10
     }
 
     /// Sends the program a signal: `INT`, `TERM`.
@@ -178,10 +206,17 @@ impl Machine {
     }
 }
 
+/// The program, with a directory for running machines in which it finds those of one test only.
+pub fn ruse(runtime: &TempDir) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_ruse"));
+    command.env("XDG_RUNTIME_DIR", runtime.path());
+    command
+}
+
 /// The translator is the engine if the words name none.
-fn spawn(words: &[&str], stdin: Stdio, stdout: Stdio) -> Child {
+fn spawn(runtime: &TempDir, words: &[&str], stdin: Stdio, stdout: Stdio) -> Child {
     let engine: &[&str] = if words.contains(&"--accel") { &[] } else { &["--accel", "dbt"] };
-    Command::new(env!("CARGO_BIN_EXE_ruse"))
+    ruse(runtime)
         .arg("run")
         .args(engine)
         .args(words)

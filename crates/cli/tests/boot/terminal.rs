@@ -5,7 +5,7 @@ use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
-use rustix::termios::tcgetattr;
+use rustix::termios::{Winsize, tcgetattr, tcsetwinsize};
 
 use crate::bare::{Bare, image};
 use crate::machine::Machine;
@@ -38,6 +38,12 @@ impl Terminal {
     /// The end for a program's standard input or output.
     pub fn program_end(&self) -> OwnedFd {
         self.program.try_clone().unwrap().into()
+    }
+
+    /// Gives it so many columns and rows.
+    pub fn resize(&self, columns: u16, rows: u16) {
+        let size = Winsize { ws_col: columns, ws_row: rows, ws_xpixel: 0, ws_ypixel: 0 };
+        tcsetwinsize(&self.user, size).unwrap();
     }
 
     /// Its settings, to be compared.

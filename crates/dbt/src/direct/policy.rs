@@ -8,6 +8,9 @@
 //! row, and was entered seldom since the last one, runs directly from then on. Direct stays are measured. After some that
 //! are short, translated code takes over for a number of stays, which doubles each time, or until interrupts find long
 //! ones.
+//!
+//! A page is executed directly or written directly, not both. Who changes code that has run and runs it again, faster than that
+//! pays, is left to translated code for a number of interrupts.
 
 use std::collections::HashMap;
 
@@ -25,6 +28,12 @@ const ENOUGH: u32 = 4;
 /// Translated stays after that, the first time and at most.
 const FIRST_PAUSE: u32 = 16;
 const LONGEST_PAUSE: u32 = 1 << 16;
+/// A change of code costs direct execution about a quarter of so many microseconds.
+const REWRITE: u64 = 300;
+/// Changes that come faster, less those that don't, that are enough.
+const REWRITES: u32 = 8;
+/// Interrupts of user code for which nothing runs directly then.
+const BAN: u32 = 32;
 /// Address spaces that are known at most.
 const KNOWN: usize = 256;
 
@@ -39,9 +48,23 @@ struct Known {
     short: u32,
     /// The last interrupt found a long stay.
     met: bool,
+    /// When code was changed last, by the time-stamp counter.
+    rewritten: u64,
+    /// Changes of code that came too fast, less those that did not.
+    rewrites: u32,
+    /// Interrupts to come before something runs directly again.
+    banned: u32,
 }
 
-const UNKNOWN: Known = Known { translated: u32::MAX, pause: FIRST_PAUSE, short: 0, met: false };
+const UNKNOWN: Known = Known {
+    translated: u32::MAX,
+    pause: FIRST_PAUSE,
+    short: 0,
+    met: false,
+    rewritten: 0,
+    rewrites: 0,
+    banned: 0,
+};
 
 /// The decisions of a vCPU.
 #[derive(Debug)]
@@ -112,9 +135,20 @@ impl Policy {
         known.short = if short { known.short + 1 } else { 0 };
         if known.short >= ENOUGH {
             let pause = (2 * known.pause).min(LONGEST_PAUSE);
-            *known = Known { translated: known.pause, pause, ..UNKNOWN };
+            *known = Known { translated: known.pause, pause, short: 0, met: false, ..*known };
         } else if long {
             known.pause = FIRST_PAUSE;
+        }
+    }
+
+    /// Code of an address space that has run directly is changed at a time (of the time-stamp counter).
+    pub fn rewritten(&mut self, root: u64, now: u64) {
+        let worth = REWRITE * self.ticks;
+        let known = self.of(root);
+        let fast = now.saturating_sub(std::mem::replace(&mut known.rewritten, now)) < worth;
+        known.rewrites = if fast { known.rewrites + 1 } else { known.rewrites.saturating_sub(1) };
+        if known.rewrites >= REWRITES {
+            *known = Known { banned: BAN, ..UNKNOWN };
         }
     }
 
@@ -128,6 +162,10 @@ impl Policy {
         let stays = (self.entries - before).max(1);
         let long = user && now.saturating_sub(then) / stays >= WORTH * self.ticks;
         let known = self.of(root);
+        if user && known.banned > 0 {
+            known.banned -= 1;
+            return;
+        }
         if long && known.met {
             known.translated = 0;
         }
@@ -227,6 +265,27 @@ mod tests {
         assert!(policy.wants(A));
         policy.forget(A);
         assert!(!policy.wants(A));
+    }
+
+    #[test]
+    fn code_that_is_changed_all_the_time_is_left_to_the_translator() {
+        let mut policy = policy();
+        let mut time = 0;
+        let mut change = |policy: &mut Policy, pause: u64| {
+            time += pause * MHZ;
+            policy.rewritten(A, time);
+        };
+        let tick = |policy: &mut Policy, n: u64| policy.interrupted(A, true, n * 4000 * MHZ);
+        (1..3).for_each(|n| tick(&mut policy, n));
+        (0..100).for_each(|_| change(&mut policy, REWRITE));
+        (0..20).for_each(|n| change(&mut policy, if n % 2 == 0 { 1 } else { REWRITE }));
+        assert!(policy.wants(A));
+        (0..REWRITES).for_each(|_| change(&mut policy, 1));
+        assert!(!policy.wants(A));
+        (3..3 + u64::from(BAN) + 1).for_each(|n| tick(&mut policy, n));
+        assert!(!policy.wants(A));
+        tick(&mut policy, 4 + u64::from(BAN));
+        assert!(policy.wants(A));
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! One address space of the guest as a sandbox has it.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use ruse_arch::paging::{Access, Privilege, Translation};
 use ruse_memory::GuestRam;
@@ -58,6 +58,8 @@ pub struct Space {
     ram: GuestRam,
     pcid: u16,
     mappings: Mappings,
+    /// Pages of RAM that may be mapped to be executed, by their GPA: most that are written are not.
+    code: HashSet<u64>,
     /// Pages of code that is not to run directly, and how often it should have.
     avoided: HashMap<u64, u32>,
     /// Bytes of the largest page of the guest's of which something was mapped.
@@ -81,6 +83,7 @@ impl Space {
             used: 0,
             pcid: cpu.mmu.pcid(),
             mappings: Mappings::default(),
+            code: HashSet::new(),
             avoided: HashMap::new(),
             largest: PAGE,
             block: (0, AROUND),
@@ -154,8 +157,9 @@ impl Space {
                 let page = found
                     .map_or(PAGE, |found| (1 << found.page_shift) - (va & ((1 << found.page_shift) - 1)));
                 let size = page.min(end - va);
-                let now = found.map(|found| Rights {
-                    write: run.rights.write && found.writable,
+                // What can be written gets no copy.
+                let now = found.filter(|found| !(run.copied && found.writable)).map(|found| Rights {
+                    write: run.rights.write && found.writable && found.dirty,
                     execute: run.rights.execute && found.executable,
                 });
                 if now != Some(run.rights) {
@@ -180,6 +184,9 @@ impl Space {
 
     /// A page of RAM is not executed directly any more: its bytes change.
     pub fn forget_code(&mut self, cpu: &mut Cpu, gpa: u64) {
+        if !self.code.remove(&(gpa & !(PAGE - 1))) {
+            return;
+        }
         for page in self.mappings.of(gpa).into_iter().filter(|page| page.rights.execute) {
             self.unmap(cpu, page.va, page.size);
         }
@@ -187,26 +194,30 @@ impl Space {
 
     /// No page is executed directly any more.
     pub fn forget_all_code(&mut self, cpu: &mut Cpu) {
+        self.code.clear();
         for run in self.mappings.all().into_iter().filter(|run| run.rights.execute) {
             self.unmap(cpu, run.va, run.size);
         }
     }
 
     /// Makes a page of code executable, if it is known what its suspicious bytes are. `roots` are offsets of instructions that
-    /// are executed. Whoever writes to the page from now on has to be noticed.
+    /// are executed. A page that user code can write gets no copy, as just-in-time compilers read what they have written.
     pub fn look_through(&mut self, cpu: &mut Cpu, va: u64, gpa: u64, roots: Vec<u16>) {
         let (va, gpa) = (va & !(PAGE - 1), gpa & !(PAGE - 1));
+        let Some(found) = look(cpu, va).filter(|found| found.gpa & !(PAGE - 1) == gpa) else { return };
+        self.guard(cpu, gpa);
         let Some(mut page) = code(cpu, va, gpa) else { return };
         let run = page_run(va, gpa, Rights { write: false, execute: true });
         match scan::look(&page, roots) {
             Verdict::Unknown => return,
+            Verdict::Replace(_) if found.writable => return,
             Verdict::Clean => self.map(run),
             Verdict::Replace(instructions) => {
                 scan::replace(&mut page, &instructions);
                 if self.sandbox.map_copy(va, &page[..scan::PAGE]).is_err() {
                     return;
                 }
-                self.mappings.insert(Run { copied: true, ..run });
+                self.enter(Run { copied: true, ..run });
             }
         }
         self.avoided.remove(&va);
@@ -224,8 +235,16 @@ impl Space {
         if let Some(offset) = self.ram.file_offset(run.gpa)
             && self.sandbox.map(run.va, run.size, offset, run.rights).is_ok()
         {
-            self.mappings.insert(run);
+            self.enter(run);
         }
+    }
+
+    /// A run is mapped.
+    fn enter(&mut self, run: Run) {
+        if run.rights.execute {
+            self.code.extend((run.gpa..run.gpa + run.size).step_by(PAGE as usize));
+        }
+        self.mappings.insert(run);
     }
 
     /// Maps the page of a page fault at `va`, if it is not the guest's fault.
@@ -240,10 +259,18 @@ impl Space {
                 self.awaited = Some(page);
                 Unresolved::Fault(error)
             })?;
-        let found = Translation { writable: found.writable && found.dirty, ..found };
-        let run = self.page(cpu, page, &found, access).ok_or(Unresolved::Elsewhere)?;
+        let Some(run) = self.page(cpu, page, &found, access) else {
+            if access != Access::Fetch || cpu.mmu.host_page(found.gpa).is_none() {
+                return Err(Unresolved::Elsewhere);
+            }
+            // Memory of a file other than RAM's, which the process does not have: code there is translated.
+            self.avoided.insert(page, 1);
+            cpu.counters.direct.detours += 1;
+            return Err(Unresolved::Detour);
+        };
         if self.mappings.len() > MOST_RUNS {
             self.mappings.clear();
+            self.code.clear();
             self.sandbox.clear();
         }
         match access {
@@ -270,21 +297,37 @@ impl Space {
         Unresolved::Detour
     }
 
-    /// A page and what user code may do directly with it. `None` where there is no RAM.
+    /// A page and what user code may do directly with it: execute it or write to it, not both, as code is looked through
+    /// before it runs. `None` where there is no RAM that can be mapped.
     fn page(&mut self, cpu: &mut Cpu, va: u64, found: &Translation, access: Access) -> Option<Run> {
-        cpu.mmu.host_page(found.gpa)?;
+        self.ram.file_offset(found.gpa)?;
         self.largest = self.largest.max(1 << found.page_shift);
-        let clean = |code: Page| !scan::is_suspicious(&code);
-        let execute = found.executable && code(cpu, va, found.gpa).is_some_and(clean);
-        let write = found.writable && cpu.mmu.may_write(found.gpa, access == Access::Write);
-        Some(page_run(va, found.gpa, Rights { write, execute }))
+        let writable = found.writable && found.dirty;
+        // Who writes to the page goes on to, until it is executed: at this address or another one.
+        let is_code = || !writable && !cpu.mmu.code.is_writer(found.gpa, cpu.id);
+        let rights = if found.executable && (access == Access::Fetch || is_code()) {
+            self.guard(cpu, found.gpa);
+            let clean = code(cpu, va, found.gpa).is_some_and(|code| !scan::is_suspicious(&code));
+            Rights { write: false, execute: clean }
+        } else {
+            let write = writable && cpu.mmu.may_write(found.gpa, access == Access::Write);
+            Rights { write, execute: false }
+        };
+        Some(page_run(va, found.gpa, rights))
+    }
+
+    /// See [`crate::mmu::Mmu::guard`].
+    fn guard(&mut self, cpu: &mut Cpu, gpa: u64) {
+        if cpu.mmu.guard(gpa) {
+            self.take_writers(gpa);
+        }
     }
 
     /// Maps the page at which the guest had a fault, if it is there now.
     pub fn map_awaited(&mut self, cpu: &mut Cpu) {
         let Some(va) = self.awaited.take() else { return };
         let Some(found) = look(cpu, va) else { return };
-        let access = if found.writable { Access::Write } else { Access::Read };
+        let access = if found.writable && found.dirty { Access::Write } else { Access::Read };
         if let Some(run) = self.page(cpu, va, &found, access) {
             self.map_around(cpu, run);
         }

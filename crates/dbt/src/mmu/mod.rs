@@ -258,6 +258,17 @@ impl Mmu {
         }
     }
 
+    /// Sees to it that every write to the page is noticed from now on. Says whether this vCPU may have written to it directly.
+    pub fn guard(&mut self, gpa: u64) -> bool {
+        let code = self.code.clone();
+        code.watch(gpa, self.id);
+        let wrote = code.take_writer(gpa, self.id);
+        if wrote {
+            self.drop_writers(gpa);
+        }
+        wrote
+    }
+
     /// Other vCPUs or this one must not write directly to the page any more.
     pub fn drop_writers(&mut self, gpa: u64) {
         self.changes.note(Change::Writer(gpa));
@@ -362,13 +373,12 @@ impl Mmu {
         Ok((found, (access != Access::Write || write).then_some(host)))
     }
 
-    /// Where an access of user code to `va` leads that needs no marks in the page tables. The right to write is there only
-    /// where the page is marked dirty.
+    /// Where a read of user code at `va` leads if it needs no marks in the page tables.
     pub fn look(&mut self, mode: &PagingMode, va: u64) -> Option<Translation> {
         let who = Privilege { user: true, ac: false };
         let mut tables = Unmarked { tables: Physical { mmu: self }, missing: false };
         let found = paging::walk(mode, va, Access::Read, who, &mut tables).ok()?;
-        (!tables.missing).then_some(Translation { writable: found.writable && found.dirty, ..found })
+        (!tables.missing).then_some(found)
     }
 
     /// The process-context identifier in force, 0 if there are none.

@@ -134,8 +134,10 @@ impl CodeMap {
             .regions()
             .iter()
             .map(|r| {
-                let pages = (r.size / PAGE_SIZE) as usize;
-                (r.gpa, (0..pages).map(|_| PageMasks::default()).collect())
+                // What a guest never executes or writes to costs no memory here either.
+                let pages = Box::new_zeroed_slice((r.size / PAGE_SIZE) as usize);
+                // SAFETY: a mask that is zero is one of no vCPUs.
+                (r.gpa, unsafe { pages.assume_init() })
             })
             .collect();
         let logging = AtomicBool::new(false);
@@ -175,6 +177,11 @@ impl CodeMap {
             page.writers.fetch_or(bit, Ordering::SeqCst);
         }
         page.code.load(Ordering::SeqCst) == 0
+    }
+
+    /// Whether vCPU `id` may have entries that write directly to the page.
+    pub fn is_writer(&self, gpa: u64, id: u32) -> bool {
+        self.page(gpa).is_some_and(|page| page.writers.load(Ordering::SeqCst) & (1 << id) != 0)
     }
 
     /// Whether vCPU `id` may have entries that write directly to the page; forgets it.

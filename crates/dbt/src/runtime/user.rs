@@ -65,6 +65,7 @@ impl DbtVcpu {
             Stay::Pause | Stay::Trap(Trap::Kicked) => Ok(()),
             Stay::Fault(address, Unresolved::Fault(error)) => Err(Exception::pf(address, error)),
             Stay::Fault(_, Unresolved::Code(gpa)) => {
+                cpu.direct.rewritten(cpu.root(), host_tsc());
                 self.forget_code(gpa);
                 tier0::step(&mut self.cpu)
             }
@@ -101,7 +102,6 @@ impl DbtVcpu {
     /// part.
     fn look_through(&mut self, va: u64, gpa: u64) {
         let Some(host) = self.cpu.mmu.host_page(gpa) else { return };
-        self.guard_page(host as u64);
         let mut roots = self.blocks.starts_on(host as u64);
         let Ok(instruction) = tier0::decode(&mut self.cpu) else { return };
         let executed = [instruction.rip, instruction.next].map(|at| at.wrapping_sub(va & !0xfff));
@@ -147,14 +147,16 @@ fn stay(direct: &mut Direct, cpu: &mut Cpu, peer: &Peer) -> Result<Stay, Sandbox
     direct::store(cpu, &mut space.sandbox);
     let shared = cpu.shared();
     loop {
+        // Who asks for something and finds that nothing runs does not wait: so requests are looked at after that is said.
+        peer.set_running(true);
         shared.direct.begin(&space.sandbox);
         if shared.requests.load(Ordering::SeqCst) & !request::SELF != 0 {
             shared.direct.end();
+            peer.set_running(false);
             direct::load(cpu, &space.sandbox);
             return Ok(Stay::Pause);
         }
         cpu.counters.direct.runs += 1;
-        peer.set_running(true);
         let (changes, entered) = (space.sandbox.changes_mappings(), host_tsc());
         let trap = space.sandbox.run();
         cpu.direct.stayed(cpu.root(), host_tsc().saturating_sub(entered), changes);

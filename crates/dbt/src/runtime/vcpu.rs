@@ -9,7 +9,7 @@ use ruse_arch::{
     paging::{Access, is_canonical},
     state::{reg, seg},
 };
-use ruse_engine::{Bus, Counters, EngineError, Halt, Vcpu, VcpuHandle, host_tsc};
+use ruse_engine::{Bus, Counters, EngineError, Halt, HaltPoll, Vcpu, VcpuHandle, host_tsc};
 
 use super::{
     blocks::{Blocks, Source},
@@ -47,6 +47,7 @@ pub struct DbtVcpu {
     pub(super) cpu: CpuBox,
     pub(super) blocks: Blocks,
     handle: Arc<Handle>,
+    halt_poll: HaltPoll,
     pub(super) peer: Arc<Peer>,
     options: DbtOptions,
     /// A link by which translated code left, to be resolved when its target is found.
@@ -88,6 +89,7 @@ impl DbtVcpu {
             cpu,
             blocks,
             handle,
+            halt_poll: HaltPoll::default(),
             peer,
             options,
             pending_link: None,
@@ -152,7 +154,8 @@ impl DbtVcpu {
                     let shared = self.cpu.shared();
                     let ready = || shared.requests.load(std::sync::atomic::Ordering::SeqCst) != 0;
                     self.direct.place.leave();
-                    self.peer.outside(|| self.handle.parker.sleep_until(ready));
+                    let sleep = || self.handle.parker.sleep_until(ready);
+                    self.peer.outside(|| self.halt_poll.wait(ready, sleep));
                     continue;
                 }
                 MpState::Shutdown => return Ok(Halt::TripleFault),
@@ -394,16 +397,11 @@ impl DbtVcpu {
     }
 
     /// Sees to it that every write to the page is noticed from now on.
-    pub(super) fn guard_page(&mut self, page: u64) {
-        if self.blocks.has_page(page) {
-            return;
-        }
-        let Some(gpa) = self.cpu.mmu.gpa_of_host(page) else { return };
-        let id = self.cpu.id;
-        let code = self.cpu.mmu.code.clone();
-        code.watch(gpa, id);
-        if code.take_writer(gpa, id) {
-            self.cpu.mmu.drop_writers(gpa);
+    fn guard_page(&mut self, page: u64) {
+        if !self.blocks.has_page(page)
+            && let Some(gpa) = self.cpu.mmu.gpa_of_host(page)
+        {
+            self.cpu.mmu.guard(gpa);
         }
     }
 

@@ -22,7 +22,8 @@ const PDPT: u64 = 0x2000;
 const PD: u64 = 0x3000;
 /// Page table of the data.
 pub const DATA_TABLE: u64 = 0x4000;
-const CODE_TABLE: u64 = 0x5000;
+/// Page table of the code.
+pub const CODE_TABLE: u64 = 0x5000;
 const DATA: u64 = 0x1_0000;
 /// Where the code lies in RAM.
 pub const CODE_PAGES: u64 = 0x2_0000;

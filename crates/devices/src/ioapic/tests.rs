@@ -24,7 +24,7 @@ fn eoi(chip: &mut IoApic, vector: u8) -> Vec<Msi> {
 
 #[test]
 fn registers() {
-    let mut chip = IoApic::new();
+    let mut chip = IoApic::default();
     assert_eq!(read(&mut chip, REG_VERSION), 0x0017_0020);
     write(&mut chip, REG_ID, 0xffff_ffff);
     assert_eq!(read(&mut chip, REG_ID), 0x0f00_0000);
@@ -35,8 +35,22 @@ fn registers() {
 }
 
 #[test]
+fn there_are_as_many_pins_as_the_version_register_says() {
+    let mut chip = IoApic::new(56);
+    assert_eq!(read(&mut chip, REG_VERSION), 0x0037_0020);
+    assert_eq!(write(&mut chip, 0x10 + 2 * 55, 0x8077), []);
+    assert_eq!(chip.set_pin(55, true), Some(Msi { address: 0xfee0_0000, data: 0xc077 }));
+    assert_eq!((chip.set_pin(56, true), read(&mut chip, 0x10 + 2 * 56)), (None, u32::MAX));
+    chip.reset();
+    assert_eq!((read(&mut chip, 0x10 + 2 * 55), chip.state().lines), (MASKED as u32, 1 << 55));
+    let mut small = IoApic::default();
+    small.restore(&chip.state());
+    assert_eq!((small.state().table.len(), small.state().lines), (PINS, 0));
+}
+
+#[test]
 fn edges() {
-    let mut chip = IoApic::new();
+    let mut chip = IoApic::default();
     assert_eq!(chip.set_pin(4, true), None, "masked");
     assert_eq!(write(&mut chip, 0x18, 0x34), []);
     assert_eq!(chip.set_pin(4, true), None, "no edge");
@@ -49,7 +63,7 @@ fn edges() {
 
 #[test]
 fn levels() {
-    let mut chip = IoApic::new();
+    let mut chip = IoApic::default();
     chip.set_pin(17, true);
     let sent = write(&mut chip, 0x10 + 34, 0xa955);
     assert_eq!(sent, [Msi { address: 0xfee0_0004, data: 0xc155 }]);
@@ -72,7 +86,7 @@ fn levels() {
 
 #[test]
 fn save_restore_reset_and_anything() {
-    let mut chip = IoApic::new();
+    let mut chip = IoApic::default();
     let mut random = Random::new(0);
     for _ in 0..100_000 {
         let word = random.word();
@@ -86,12 +100,12 @@ fn save_restore_reset_and_anything() {
         }
     }
     let saved = chip.state();
-    let mut other = IoApic::new();
+    let mut other = IoApic::default();
     other.restore(&saved);
     assert_eq!(other.state(), saved);
     for pin in 0..PINS {
         other.set_pin(pin, false);
     }
     other.reset();
-    assert_eq!(other.state(), IoApic::new().state());
+    assert_eq!(other.state(), IoApic::default().state());
 }

@@ -19,6 +19,8 @@ const COMMAND_MEMORY: u8 = 2;
 const COMMAND_INTX_DISABLE: u8 = 4;
 /// Header type of a bridge, and its registers.
 const HEADER_BRIDGE: u8 = 1;
+/// The bit of the header type that says that there are other functions.
+const HEADER_MULTIFUNCTION: u8 = 0x80;
 const SECONDARY_BUS: usize = 0x19;
 const IO_BASE: usize = 0x1c;
 const MEMORY_BASE: usize = 0x20;
@@ -238,6 +240,12 @@ impl ConfigSpace {
         let w = &self.writable[at..at + 4];
         let mask = u32::from_le_bytes([w[0], w[1], w[2], w[3]]) & enabled_bits(enables);
         self.bytes[at..at + 4].copy_from_slice(&(old & !mask | value & mask).to_le_bytes());
+    }
+
+    /// The function is the first of several of its device (PCI 3.0, 6.2.1).
+    pub fn set_multifunction(&mut self) {
+        self.bytes[0x0e] |= HEADER_MULTIFUNCTION;
+        self.initial[0x0e] |= HEADER_MULTIFUNCTION;
     }
 
     /// Changes a byte from the device's side, whether the guest may write it or not.

@@ -54,14 +54,14 @@ pub struct BarDoorbell {
     pub number: u16,
 }
 
-/// The level of a function's interrupt pin.
+/// The level of the interrupt pin of something that is plugged in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct IntxLevel {
-    /// The function ([`PciAddress::id`]).
+    /// The function ([`PciAddress::id`]), or on a machine without PCI the device, in the machine's numbering.
     pub source: u16,
     /// The interrupt line that the pin is wired to.
     pub gsi: u8,
-    /// Whether the function asserts it.
+    /// Whether it is asserted.
     pub level: bool,
 }
 

@@ -136,14 +136,14 @@ impl PciHost {
     }
 
     /// Root ports with what they forward now.
-    fn ports(&self) -> impl Iterator<Item = (&SharedFunction, BridgeWindows)> {
+    fn ports(&self) -> impl Iterator<Item = (PciAddress, &SharedFunction, BridgeWindows)> {
         let on_bus_0 = self.functions.iter().filter(|(at, _)| at.bus == 0);
-        on_bus_0.filter_map(|(_, function)| Some((function, lock(function).space().windows()?)))
+        on_bus_0.filter_map(|(at, function)| Some((*at, function, lock(function).space().windows()?)))
     }
 
     /// The root port whose bus was `bus` at power-up.
     fn port_at_power_up(&self, bus: u8) -> Option<&SharedFunction> {
-        self.ports().map(|(port, _)| port).find(|port| lock(port).space().initial_secondary_bus() == bus)
+        self.ports().map(|(_, port, _)| port).find(|port| lock(port).space().initial_secondary_bus() == bus)
     }
 
     /// The function that a guest reaches at `at` now.
@@ -151,7 +151,7 @@ impl PciHost {
         if at.bus == 0 {
             return self.functions.get(&at);
         }
-        let (port, _) = self.ports().find(|(_, windows)| windows.secondary == at.bus)?;
+        let (_, port, _) = self.ports().find(|(_, _, windows)| windows.secondary == at.bus)?;
         let bus = lock(port).space().initial_secondary_bus();
         self.functions.get(&PciAddress { bus, ..at })
     }
@@ -166,6 +166,9 @@ impl PciHost {
                 self.windows.hold(range)
                     && (at.bus == 0 || forwarded.as_ref().is_some_and(|windows| windows.hold(range)))
             });
+        }
+        for (at, port, forwarded) in self.ports() {
+            ranges.add_unclaimed(at, port, &forwarded, &self.windows);
         }
         ranges
     }

@@ -1,9 +1,9 @@
 //! Where on the bus functions answer: what the guest has placed and enabled, as far as the host bridge forwards it.
 
 use std::fmt;
-use std::ops::RangeInclusive;
+use std::ops::{Range, RangeInclusive};
 
-use super::{BarRange, PciAddress, SharedFunction, Space};
+use super::{BarRange, BridgeWindows, PciAddress, SharedFunction, Space};
 use crate::bus::AddressMap;
 
 /// What the host bridge forwards to the bus. A range elsewhere is not reached, whatever a guest places there.
@@ -27,6 +27,11 @@ impl PciWindows {
             Space::Memory => self.memory.iter().any(within),
         }
     }
+
+    /// Whether a bridge's window in memory lies in one of these as a whole.
+    fn hold_window(&self, inner: &RangeInclusive<u64>) -> bool {
+        self.memory.iter().any(|window| window.contains(inner.start()) && window.contains(inner.end()))
+    }
 }
 
 /// The range of one base address register.
@@ -36,9 +41,12 @@ pub struct BarTarget {
     pub function: SharedFunction,
     /// Its place at power-up, which stands for it.
     pub at: PciAddress,
-    /// The base address register.
+    /// The base address register, or [`UNCLAIMED`].
     pub bar: u8,
 }
+
+/// What stands for a base address register of a root port where it answers itself: nobody behind it does.
+pub const UNCLAIMED: u8 = 6;
 
 impl fmt::Debug for BarTarget {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -103,5 +111,38 @@ impl PciRanges {
             }
         }
         self.doorbells.sort_unstable();
+    }
+
+    /// Adds the memory that a root port forwards and where nobody answers, as far as the host bridge forwards it.
+    pub(super) fn add_unclaimed(
+        &mut self,
+        at: PciAddress,
+        port: &SharedFunction,
+        forwarded: &BridgeWindows,
+        host: &PciWindows,
+    ) {
+        for window in forwarded.memory.iter().flatten().filter(|window| host.hold_window(window)) {
+            for gap in self.gaps(window) {
+                let target = BarTarget { function: port.clone(), at, bar: UNCLAIMED };
+                if let Err(error) = self.memory.insert(gap.start, gap.end - gap.start, target, 0) {
+                    tracing::error!(%at, %error, "a gap is in another's way");
+                }
+            }
+        }
+    }
+
+    /// Where in a window of memory nobody answers.
+    fn gaps(&self, window: &RangeInclusive<u64>) -> Vec<Range<u64>> {
+        let end = window.end() + 1;
+        let inside = self.memory.iter().filter(|&(first, last, _)| first < end && last >= *window.start());
+        let mut next = *window.start();
+        let mut gaps = Vec::new();
+        for (first, behind) in inside.map(|(first, last, _)| (first, last + 1)).chain([(end, end)]) {
+            if next < first {
+                gaps.push(next..first);
+            }
+            next = behind;
+        }
+        gaps
     }
 }

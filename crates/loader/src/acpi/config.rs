@@ -17,6 +17,8 @@ pub const IO_APIC_ADDRESS: u32 = 0xfec0_0000;
 pub const LOCAL_APIC_ADDRESS: u32 = 0xfee0_0000;
 /// Most processors: their names have three hexadecimal digits.
 const MAX_CPUS: usize = 4096;
+/// Most virtio devices: their names have two hexadecimal digits.
+const MAX_VIRTIO: usize = 128;
 
 /// A serial port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,6 +60,17 @@ impl PciIntx {
     }
 }
 
+/// A virtio device behind registers in memory (virtio 1.2, 4.2).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct VirtioMmioPlace {
+    /// Where its registers are.
+    pub base: u32,
+    /// Bytes of its registers.
+    pub size: u32,
+    /// The global system interrupt that it alone asserts, active high and level-triggered.
+    pub gsi: u32,
+}
+
 /// What the tables say that the machine has.
 #[derive(Clone, Debug)]
 pub struct AcpiConfig {
@@ -69,7 +82,8 @@ pub struct AcpiConfig {
     pub io_apic: bool,
     /// Id of the I/O APIC.
     pub io_apic_id: u8,
-    /// There is a PCI bus, reached by ports CF8h and CFCh.
+    /// There is a PCI bus, reached by ports CF8h and CFCh, among which is the reset register. Without it the keyboard
+    /// controller's command port resets.
     pub pci: bool,
     /// PCI configuration space is also at [`ECAM_BASE`].
     pub ecam: bool,
@@ -79,6 +93,8 @@ pub struct AcpiConfig {
     pub mmio32: Vec<Range<u64>>,
     /// Window for PCI memory above RAM.
     pub mmio64: Option<Range<u64>>,
+    /// Virtio devices that are not on a bus, in the order in which systems are to number them.
+    pub virtio: Vec<VirtioMmioPlace>,
     /// Serial ports; the first one is COM1.
     pub com: Vec<ComPort>,
     /// There is a CMOS clock at ports 70h and 71h with interrupt 8.
@@ -105,6 +121,7 @@ impl AcpiConfig {
             intx: PciIntx::default(),
             mmio32: vec![LOW_RAM_END..ECAM_BASE, ECAM_BASE + ECAM_SIZE..IO_APIC_ADDRESS.into()],
             mmio64: None,
+            virtio: Vec::new(),
             com: vec![ComPort::STANDARD[0]],
             rtc: true,
             i8042: false,
@@ -137,6 +154,9 @@ impl AcpiConfig {
         }
         if let Some(window) = self.mmio64.as_ref().filter(|w| w.is_empty() || w.start < 1 << 32) {
             return no(format!("the PCI window {:#x} to {:#x} is not above 4 GiB", window.start, window.end));
+        }
+        if self.virtio.len() > MAX_VIRTIO {
+            return no(format!("{} virtio devices; {MAX_VIRTIO} are possible", self.virtio.len()));
         }
         if self.com.len() > 9 {
             return no(format!("{} serial ports; 9 are possible", self.com.len()));

@@ -7,7 +7,7 @@ use acpi_tables::aml::{
     Scope, Uuid, ZERO,
 };
 
-use super::{AcpiConfig, SLEEP_TYPE_S5, table};
+use super::{AcpiConfig, SLEEP_TYPE_S5, VirtioMmioPlace, table};
 
 /// Revision 2: integers have 64 bits.
 const REVISION: u8 = 2;
@@ -46,6 +46,7 @@ pub(super) fn dsdt(config: &AcpiConfig) -> Vec<u8> {
     if config.i8042 {
         devices.push(isa_device("KBD_", "PNP0303", 0, vec![ports(0x60, 1), ports(0x64, 1), irq(1)]));
     }
+    devices.extend((0u8..).zip(&config.virtio).map(|(n, place)| virtio(n, place)));
     let all = devices.iter().map(|d| d as &dyn Aml).collect();
     Scope::new(Path::new("\\_SB_"), all).to_aml_bytes(&mut body);
     body.extend(&config.extra_aml);
@@ -92,6 +93,15 @@ fn processors(config: &AcpiConfig) -> Vec<Raw> {
 
 fn isa_device(path: &str, id: &str, uid: u8, crs: Vec<Child>) -> Raw {
     device(path, &[name("_HID", &EISAName::new(id)), name("_UID", &uid), resources(&crs)])
+}
+
+/// A virtio device behind registers in memory, by the name that its drivers know.
+fn virtio(number: u8, place: &VirtioMmioPlace) -> Raw {
+    let crs: Vec<Child> = vec![
+        Box::new(Memory32Fixed::new(true, place.base, place.size)),
+        Box::new(Interrupt::new(true, false, false, false, place.gsi)),
+    ];
+    device(&format!("VR{number:02X}"), &[name("_HID", &"LNRO0005"), name("_UID", &number), resources(&crs)])
 }
 
 /// Keeps systems from giving PCI configuration space to devices: Linux wants the window of the MCFG reserved by a

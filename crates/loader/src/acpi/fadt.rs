@@ -6,7 +6,7 @@ use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
 
 use super::{
     AcpiConfig, GPE0_PORT, OEM_ID, OEM_REVISION, OEM_TABLE_ID, PM_TIMER_PORT, PM1_CONTROL_PORT,
-    PM1_EVENT_PORT, RESET_PORT, RESET_VALUE, SCI,
+    PM1_EVENT_PORT, RESET, RESET_BY_KEYBOARD, SCI,
 };
 
 /// Bits of IAPC_BOOT_ARCH (table 5.10).
@@ -53,8 +53,9 @@ pub(super) fn fadt(config: &AcpiConfig, facs: u32, dsdt: u32) -> Vec<u8> {
     t.x_pm1a_cnt_blk = io(PM1_CONTROL_PORT, 2);
     t.x_pm_tmr_blk = io(PM_TIMER_PORT, 4);
     t.x_gpe0_blk = io(GPE0_PORT, 4);
-    t.reset_reg = GAS::new(AddressSpace::SystemIo, 8, 0, AccessSize::ByteAccess, RESET_PORT.into());
-    t.reset_value = RESET_VALUE;
+    let (port, value) = if config.pci { RESET } else { RESET_BY_KEYBOARD };
+    t.reset_reg = GAS::new(AddressSpace::SystemIo, 8, 0, AccessSize::ByteAccess, port.into());
+    t.reset_value = value;
     t.p_lvl2_lat = NO_C2.into();
     t.p_lvl3_lat = NO_C3.into();
     t.century = if config.rtc { CENTURY } else { 0 };

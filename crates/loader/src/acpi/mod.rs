@@ -11,7 +11,9 @@ mod madt;
 use std::ops::Range;
 
 use acpi_tables::Aml;
-pub use config::{AcpiConfig, ComPort, ECAM_BASE, IO_APIC_ADDRESS, LOCAL_APIC_ADDRESS, PciIntx};
+pub use config::{
+    AcpiConfig, ComPort, ECAM_BASE, IO_APIC_ADDRESS, LOCAL_APIC_ADDRESS, PciIntx, VirtioMmioPlace,
+};
 use ruse_memory::GuestRam;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -25,10 +27,10 @@ pub const PM1_CONTROL_PORT: u16 = 0x604;
 pub const PM_TIMER_PORT: u16 = 0x608;
 /// Port of the GPE0 block, 4 bytes: two of status, two of enable (section 4.8.4.1).
 pub const GPE0_PORT: u16 = 0x620;
-/// Port of the reset register (section 4.8.3.6).
-pub const RESET_PORT: u16 = 0xcf9;
-/// What resets the machine when written to [`RESET_PORT`].
-pub const RESET_VALUE: u8 = 6;
+/// Port of the reset register (section 4.8.3.6), and what resets the machine when written to it.
+pub const RESET: (u16, u8) = (0xcf9, 6);
+/// The same of a machine without PCI: the keyboard controller's command port, and the command that pulses its reset line.
+pub const RESET_BY_KEYBOARD: (u16, u8) = (0x64, 0xfe);
 /// Interrupt of power management events: active high, level-triggered.
 pub const SCI: u8 = 9;
 /// SLP_TYP of soft-off.
@@ -150,6 +152,8 @@ mod tests {
         tables
     }
 
+    const PLACE: VirtioMmioPlace = VirtioMmioPlace { base: 0xfeb0_1000, size: 0x200, gsi: 24 };
+
     fn configs() -> Vec<AcpiConfig> {
         let plain = AcpiConfig::new(1);
         let bare = AcpiConfig {
@@ -160,6 +164,7 @@ mod tests {
             pic: false,
             io_apic: false,
             pci: false,
+            virtio: vec![PLACE, VirtioMmioPlace { gsi: 25, ..PLACE }],
             ..AcpiConfig::new(2)
         };
         let large = AcpiConfig {
@@ -203,6 +208,19 @@ mod tests {
             assert_eq!(u64_at(fadt, extended + 4), u64::from(port));
         }
         assert_eq!((u64_at(fadt, 120), fadt[128]), (0xcf9, 6));
+        let all = tables(&AcpiConfig { pci: false, ..AcpiConfig::new(1) }).unwrap();
+        let fadt = found(&all)[0];
+        assert_eq!((u64_at(fadt, 120), fadt[128]), (0x64, 0xfe), "the other port is PCI's");
+    }
+
+    #[test]
+    fn virtio_devices_have_their_registers_and_an_interrupt() {
+        let config = AcpiConfig { pci: false, virtio: vec![PLACE], ..AcpiConfig::new(1) };
+        let all = tables(&config).unwrap();
+        let holds = |bytes: &[u8]| all.windows(bytes.len()).any(|part| part == bytes);
+        assert!(holds(b"VR00") && holds(b"\x0dLNRO0005\0") && !holds(b"PCI0"));
+        // Memory32Fixed, writable; Extended Interrupt: consumer, level-triggered, active high, exclusive.
+        assert!(holds(&[0x86, 9, 0, 1, 0, 0x10, 0xb0, 0xfe, 0, 2, 0, 0, 0x89, 6, 0, 1, 1, 24, 0, 0, 0]));
     }
 
     #[test]
@@ -214,6 +232,7 @@ mod tests {
             AcpiConfig { mmio32: vec![0..0x1_0000_0000], ..AcpiConfig::new(1) },
             AcpiConfig { mmio32: vec![7..7], ..AcpiConfig::new(1) },
             AcpiConfig { mmio64: Some(5..5), ..AcpiConfig::new(1) },
+            AcpiConfig { virtio: vec![PLACE; 129], ..AcpiConfig::new(1) },
             AcpiConfig { com: vec![ComPort { port: 0xffff, irq: 4 }], ..AcpiConfig::new(1) },
         ] {
             assert!(matches!(tables(&config), Err(LoadError::Acpi(_))), "{config:?}");

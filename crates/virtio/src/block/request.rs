@@ -1,14 +1,12 @@
 //! One request (virtio 1.2, 5.2.6): a header, data, and a byte for the answer.
 
-use std::cell::Cell;
 use std::io;
 
-use ruse_block::{Disk, Slice};
-use vm_memory::bitmap::Bitmap;
+use ruse_block::{Disk, Way};
 
 use super::{MOST_RANGES, MOST_SECTORS, SECTOR, SERIAL_LEN};
 use crate::chain::Chain;
-use crate::dma::{Dma, GuestSlice};
+use crate::dma::{Dma, GuestSlice, written};
 use crate::ring::RingError;
 
 /// Bytes of the header, and of a range to discard or to zero.
@@ -30,14 +28,14 @@ mod kind {
 /// The answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
-enum Status {
+pub(super) enum Status {
     Ok = 0,
     IoError = 1,
     Unsupported = 2,
 }
 
 /// Why a request has failed.
-enum Failure {
+pub(super) enum Failure {
     /// The driver hears of it.
     Request(Status),
     /// The disk has failed, of which the driver hears too.
@@ -68,33 +66,35 @@ pub(super) struct Request<'a> {
     pub(super) disk: &'a dyn Disk,
     pub(super) serial: &'a [u8; SERIAL_LEN],
     pub(super) write_through: bool,
-    pub(super) complained: &'a Cell<bool>,
 }
 
-impl Request<'_> {
-    /// Does what the request asks for and writes the answer; gives the bytes written.
-    pub(super) fn serve(&self) -> Result<u32, RingError> {
-        let Some(answer_at) = self.chain.writable_len().checked_sub(1) else {
-            return Err(RingError::Chain("a request without room for the answer"));
-        };
-        let (status, written) = match self.run(answer_at) {
-            Ok(written) => (Status::Ok, written),
-            Err(Failure::Request(status)) => (status, 0),
-            Err(Failure::Disk(error)) => {
-                if !self.complained.replace(true) {
-                    tracing::warn!(%error, "a disk fails; more of its errors are the guest's alone");
-                }
-                (Status::IoError, 0)
-            }
-            Err(Failure::Ring(error)) => return Err(error),
-        };
-        self.chain.write(self.dma, answer_at, &[status as u8])?;
-        // Bytes are written from the beginning, without a gap (2.7.8.2): after a failure, none is sure.
-        Ok(if written == answer_at { written as u32 + 1 } else { 0 })
+/// What a request asks for.
+pub(super) enum Task<'a> {
+    /// Bytes are to go between the disk and guest memory.
+    Transfer {
+        way: Way,
+        offset: u64,
+        slices: Vec<GuestSlice<'a>>,
+    },
+    Flush,
+    Serial,
+    /// Ranges are to be discarded or zeroed: offset, length and whether storage may be given back.
+    Ranges {
+        zero: bool,
+        ranges: Vec<(u64, u64, bool)>,
+    },
+}
+
+impl<'a> Request<'a> {
+    /// Where the answer is, behind the data that is written.
+    fn answer_at(&self) -> Result<u64, RingError> {
+        let room = self.chain.writable_len().checked_sub(1);
+        room.ok_or(RingError::Chain("a request without room for the answer"))
     }
 
-    /// Does what the request asks for, with `room` bytes for data; gives the bytes written.
-    fn run(&self, room: u64) -> Result<u64, Failure> {
+    /// What the request asks for.
+    pub(super) fn task(&self) -> Result<Task<'a>, Failure> {
+        let room = self.answer_at()?;
         if self.chain.readable_len() < HEADER {
             return Err(IMPOSSIBLE);
         }
@@ -104,17 +104,74 @@ impl Request<'_> {
         let sector = u64::from_le_bytes([s0, s1, s2, s3, s4, s5, s6, s7]);
         let data = self.chain.readable_len() - HEADER;
         match u32::from_le_bytes([t0, t1, t2, t3]) {
-            kind::IN => self.read(sector, room),
-            kind::OUT => self.write(sector, data),
-            kind::FLUSH => Ok(self.disk.flush().map(|()| 0)?),
-            kind::GET_ID => {
-                let len = room.min(SERIAL_LEN as u64);
-                self.chain.write(self.dma, 0, &self.serial[..len as usize])?;
-                Ok(len)
+            kind::IN => {
+                let offset = self.offset(sector, room)?;
+                let slices = self.chain.writable_slices(self.dma, 0, room)?;
+                Ok(Task::Transfer { way: Way::Read, offset, slices })
             }
+            kind::OUT => {
+                self.check_writable()?;
+                let offset = self.offset(sector, data)?;
+                let slices = self.chain.readable_slices(self.dma, HEADER, data)?;
+                Ok(Task::Transfer { way: Way::Write, offset, slices })
+            }
+            kind::FLUSH => Ok(Task::Flush),
+            kind::GET_ID => Ok(Task::Serial),
             kind @ (kind::DISCARD | kind::WRITE_ZEROES) => self.ranges(kind, data),
             _ => Err(Failure::Request(Status::Unsupported)),
         }
+    }
+
+    /// Does what is no transfer; gives the bytes written.
+    pub(super) fn run(&self, task: &Task) -> Result<u64, Failure> {
+        match task {
+            Task::Transfer { .. } => return Ok(0),
+            Task::Flush => self.disk.flush()?,
+            Task::Serial => {
+                let len = self.answer_at()?.min(SERIAL_LEN as u64);
+                self.chain.write(self.dma, 0, &self.serial[..len as usize])?;
+                return Ok(len);
+            }
+            Task::Ranges { zero, ranges } => {
+                for &(offset, len, unmap) in ranges.iter().filter(|(_, len, _)| *len > 0) {
+                    match zero {
+                        false => self.disk.discard(offset, len)?,
+                        true => self.disk.write_zeroes(offset, len, unmap)?,
+                    }
+                }
+                self.finish_write()?;
+            }
+        }
+        Ok(0)
+    }
+
+    /// What a transfer has come to: the bytes written into guest memory.
+    pub(super) fn finish_transfer(
+        &self,
+        way: Way,
+        slices: &[GuestSlice],
+        result: io::Result<()>,
+    ) -> Result<u64, Failure> {
+        if way == Way::Write {
+            result?;
+            return self.finish_write().map(|()| 0);
+        }
+        // Whatever has come of it, bytes may have been written.
+        written(slices);
+        result?;
+        Ok(slices.iter().map(|slice| slice.len() as u64).sum())
+    }
+
+    /// Writes the answer; gives the bytes written.
+    pub(super) fn answer(&self, result: Result<u64, Status>) -> Result<u32, RingError> {
+        let answer_at = self.answer_at()?;
+        let (status, written) = match result {
+            Ok(written) => (Status::Ok, written),
+            Err(status) => (status, 0),
+        };
+        self.chain.write(self.dma, answer_at, &[status as u8])?;
+        // Bytes are written from the beginning, without a gap (2.7.8.2): after a failure, none is sure.
+        Ok(if written == answer_at { written as u32 + 1 } else { 0 })
     }
 
     /// Where `len` bytes from a sector on are, if the disk has them all.
@@ -125,50 +182,26 @@ impl Request<'_> {
         if fits { Ok(offset) } else { Err(IMPOSSIBLE) }
     }
 
-    fn read(&self, sector: u64, len: u64) -> Result<u64, Failure> {
-        let offset = self.offset(sector, len)?;
-        let slices = self.chain.writable_slices(self.dma, 0, len)?;
-        let result = self.disk.read(offset, &plain(&slices));
-        // Whatever has come of it, bytes may have been written.
-        slices.iter().for_each(|slice| slice.bitmap().mark_dirty(0, slice.len()));
-        Ok(result.map(|()| len)?)
-    }
-
     fn check_writable(&self) -> Result<(), Failure> {
         if self.disk.is_read_only() { Err(IMPOSSIBLE) } else { Ok(()) }
     }
 
-    fn write(&self, sector: u64, len: u64) -> Result<u64, Failure> {
-        self.check_writable()?;
-        let offset = self.offset(sector, len)?;
-        let slices = self.chain.readable_slices(self.dma, HEADER, len)?;
-        self.disk.write(offset, &plain(&slices))?;
-        self.finish_write()
-    }
-
-    fn finish_write(&self) -> Result<u64, Failure> {
+    fn finish_write(&self) -> Result<(), Failure> {
         if self.write_through {
             self.disk.flush()?;
         }
-        Ok(0)
+        Ok(())
     }
 
-    /// Discards or zeroes ranges. All are looked at before the first is touched.
-    fn ranges(&self, kind: u32, len: u64) -> Result<u64, Failure> {
+    /// Ranges to discard or to zero. All are looked at before the first is touched.
+    fn ranges(&self, kind: u32, len: u64) -> Result<Task<'a>, Failure> {
         self.check_writable()?;
         let count = len / RANGE;
         if len == 0 || !len.is_multiple_of(RANGE) || count > MOST_RANGES.into() {
             return Err(IMPOSSIBLE);
         }
-        let ranges: Vec<_> =
-            (0..count).map(|n| self.range(kind, HEADER + n * RANGE)).collect::<Result<_, _>>()?;
-        for (offset, len, unmap) in ranges.into_iter().filter(|(_, len, _)| *len > 0) {
-            match kind {
-                kind::DISCARD => self.disk.discard(offset, len)?,
-                _ => self.disk.write_zeroes(offset, len, unmap)?,
-            }
-        }
-        self.finish_write()
+        let ranges = (0..count).map(|n| self.range(kind, HEADER + n * RANGE)).collect::<Result<_, _>>()?;
+        Ok(Task::Ranges { zero: kind == kind::WRITE_ZEROES, ranges })
     }
 
     /// The range at `at`: its place, its length and whether its storage may be given back.
@@ -188,13 +221,4 @@ impl Request<'_> {
         let len = u64::from(sectors) * SECTOR;
         Ok((self.offset(sector, len)?, len, flags & UNMAP != 0))
     }
-}
-
-/// Slices without their tracker.
-fn plain<'a>(slices: &[GuestSlice<'a>]) -> Vec<Slice<'a>> {
-    slices
-        .iter()
-        // SAFETY: the memory is that of the slice, which is valid for as long; both are for access that is volatile.
-        .map(|slice| unsafe { Slice::new(slice.ptr_guard_mut().as_ptr(), slice.len()) })
-        .collect()
 }

@@ -34,7 +34,7 @@ impl Bench {
         let driver = Driver::new(0x1_0000, 16, features);
         let queue = Queue::new(driver.layout, features).unwrap();
         let (handler, ram) = (block.handler(), GuestRam::new(1 << 20).unwrap());
-        Self { file, ram, driver, work: Work { index: 0, features, queue }, block, handler }
+        Self { file, ram, driver, work: Work { index: 0, features, resets: 0, queue }, block, handler }
     }
 
     /// Makes a request with data of this length and gives its answer and the bytes written.

@@ -4,9 +4,10 @@ use ruse_memory::GuestRam;
 
 use super::*;
 use crate::chain::Buffer;
-use crate::device::Handler;
+use crate::device::{Handler, Served};
 use crate::dma::Dma;
 use crate::features::VERSION_1;
+use crate::ring::RingError;
 use crate::ring::driver::Driver;
 use crate::testing::Echo;
 
@@ -17,7 +18,7 @@ struct Bench {
 
 impl Bench {
     fn new() -> Self {
-        Self { device: VirtioMmio::new(7, 5, Box::new(Echo)), effects: Effects::default() }
+        Self { device: VirtioMmio::new(7, 5, Box::new(Echo::new())), effects: Effects::default() }
     }
     fn access<R>(&mut self, call: impl FnOnce(&mut VirtioMmio, &mut Access) -> R) -> R {
         self.effects = Effects::default();
@@ -51,6 +52,10 @@ impl Bench {
     }
 }
 
+fn pin(level: bool) -> IntxLevel {
+    IntxLevel { source: 7, gsi: 5, level }
+}
+
 #[test]
 fn a_driver_finds_the_device() {
     let mut bench = Bench::new();
@@ -63,6 +68,8 @@ fn a_driver_finds_the_device() {
     assert_eq!(bench.read(register::DEVICE_FEATURES), 0);
     assert_eq!((bench.read(register::QUEUE_MOST), bench.read(0xb0)), (8, u32::MAX));
     assert_eq!((bench.read(0x101), bench.read(0x104)), (0x0504_0302, 5));
+    bench.write(0x104, 6);
+    assert_eq!(bench.read(0x104), 6);
 }
 
 #[test]
@@ -78,12 +85,12 @@ fn a_driver_is_served_and_acknowledges_the_interrupt() {
     bench.write(register::NOTIFY, 2);
     assert!(bench.effects.rings.is_empty());
     let mut work = bench.device.begin(1).unwrap();
-    let result = Echo.serve(&mut work, &dma);
+    let result = Echo::new().serve(&mut work, &dma);
     bench.access(|device, access| device.finish(access, work, result));
-    assert_eq!((driver.take(&dma).unwrap().1, &bench.effects.lines[..]), (9, &[(5, true)][..]));
+    assert_eq!((driver.take(&dma).unwrap().1, &bench.effects.intx[..]), (9, &[pin(true)][..]));
     assert_eq!(bench.read(register::INTERRUPT_STATUS), 1);
     bench.write(register::INTERRUPT_ACK, 1);
-    assert_eq!(bench.effects.lines, [(5, false)]);
+    assert_eq!(bench.effects.intx, [pin(false)]);
 }
 
 #[test]
@@ -96,11 +103,37 @@ fn a_reset_is_as_power_up() {
     other.access(|device, access| device.restore(access, &saved));
     assert_eq!(other.device.state().unwrap(), saved);
     bench.access(|device, access| device.config_changed(access));
-    assert_eq!((bench.read(register::GENERATION), bench.effects.lines.len()), (1, 0));
+    assert_eq!((bench.read(register::GENERATION), bench.effects.intx.len()), (1, 0));
     bench.write(register::STATUS, 0);
-    assert_eq!(bench.effects.lines, [(5, false)]);
+    assert_eq!(bench.effects.intx, [pin(false)]);
     bench.access(|device, access| device.reset(access));
     assert_eq!(bench.device.state(), Bench::new().device.state());
+}
+
+#[test]
+fn a_queue_that_is_lent_stays_ready_until_it_is_back() {
+    let mut bench = Bench::new();
+    bench.start(&Driver::new(0x1_0000, 16, 0));
+    bench.write(register::QUEUE_READY, 0);
+    assert_eq!((bench.read(register::QUEUE_READY), bench.read(register::STATUS)), (0, 15));
+    bench.start(&Driver::new(0x1_0000, 16, 0));
+    let work = bench.device.begin(1).unwrap();
+    bench.write(register::QUEUE_READY, 0);
+    assert_eq!(bench.read(register::QUEUE_READY), 1);
+    bench.access(|device, access| device.finish(access, work, Ok(Served::default())));
+    assert_eq!(bench.read(register::QUEUE_READY), 0);
+}
+
+#[test]
+fn a_broken_ring_asks_for_a_reset_by_the_interrupt() {
+    let mut bench = Bench::new();
+    bench.start(&Driver::new(0x1_0000, 16, 0));
+    let work = bench.device.begin(1).unwrap();
+    bench.access(|device, access| device.finish(access, work, Err(RingError::Chain("of the test"))));
+    assert_eq!(bench.effects.intx, [pin(true)]);
+    assert_eq!((bench.read(register::INTERRUPT_STATUS), bench.read(register::STATUS)), (2, 15 | 64));
+    bench.write(register::STATUS, 0);
+    assert_eq!((bench.read(register::INTERRUPT_STATUS), bench.read(register::STATUS)), (0, 0));
 }
 
 #[test]

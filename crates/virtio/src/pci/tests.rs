@@ -19,7 +19,7 @@ struct Bench {
 
 impl Bench {
     fn new() -> Self {
-        let function = VirtioPci::new(PciAddress::new(3, 0), 19, Box::new(Echo));
+        let function = VirtioPci::new(PciAddress::new(3, 0), 19, Box::new(Echo::new()));
         Self { function, effects: Effects::default() }
     }
     fn access<R>(&mut self, call: impl FnOnce(&mut VirtioPci, &mut Access) -> R) -> R {
@@ -64,7 +64,7 @@ impl Bench {
 
     fn serve(&mut self, ram: &GuestRam) {
         let mut work = self.function.begin(1).unwrap();
-        let result = Echo.serve(&mut work, &Dma::new(ram));
+        let result = Echo::new().serve(&mut work, &Dma::new(ram));
         self.access(|function, access| function.finish(access, work, result));
     }
 }
@@ -162,6 +162,8 @@ fn the_window_reaches_all_registers() {
     bench.config_write(at + WINDOW_OFFSET, 0x2000);
     bench.config_write(at + WINDOW_LENGTH, 4);
     assert_eq!(bench.access(|f, access| f.config_read(access, at + WINDOW_DATA)), 0x0403_0201);
+    bench.write(0x2004, &[6]);
+    assert_eq!(bench.read(0x2003), [4, 6]);
     bench.config_write(at + WINDOW_OFFSET, 0x3004);
     bench.config_write(at + WINDOW_DATA, 1);
     assert_eq!(bench.effects.rings, [Ring { source: 24, number: 1 }]);

@@ -101,18 +101,25 @@ impl Packed {
         &mut self,
         layout: &Layout,
         dma: &Dma,
-        chain: &Chain,
-        written: u32,
+        chains: &[(&Chain, u32)],
     ) -> Result<(), RingError> {
-        let at = layout.descriptors + SIZE * u64::from(self.used.index);
-        let mut bytes = [0; 6];
-        bytes[..4].copy_from_slice(&written.to_le_bytes());
-        bytes[4..].copy_from_slice(&chain.id.to_le_bytes());
-        dma.write(at + LENGTH, &bytes)?;
-        let wrap = if self.used.wrap { AVAILABLE | USED } else { 0 };
-        dma.store(at + FLAGS, wrap | if written > 0 { WRITE } else { 0 })?;
-        self.used.advance(chain.entries, layout.size);
-        Ok(())
+        // The driver looks at one after the other, so that the flags of the first show all of them.
+        let mut first = None;
+        for (chain, written) in chains {
+            let at = layout.descriptors + SIZE * u64::from(self.used.index);
+            let mut bytes = [0; 6];
+            bytes[..4].copy_from_slice(&written.to_le_bytes());
+            bytes[4..].copy_from_slice(&chain.id.to_le_bytes());
+            dma.write(at + LENGTH, &bytes)?;
+            let wrap = if self.used.wrap { AVAILABLE | USED } else { 0 };
+            let flags = wrap | if *written > 0 { WRITE } else { 0 };
+            match first {
+                None => first = Some((at + FLAGS, flags)),
+                Some(_) => dma.store(at + FLAGS, flags)?,
+            }
+            self.used.advance(chain.entries, layout.size);
+        }
+        first.map_or(Ok(()), |(at, flags)| dma.store(at, flags))
     }
 
     pub(super) fn needs_interrupt(

@@ -62,15 +62,17 @@ impl Split {
         &mut self,
         layout: &Layout,
         dma: &Dma,
-        id: u16,
-        written: u32,
+        chains: &[(&Chain, u32)],
     ) -> Result<(), RingError> {
-        let entry = u64::from(self.next_used % layout.size);
-        let mut bytes = [0; 8];
-        bytes[..4].copy_from_slice(&u32::from(id).to_le_bytes());
-        bytes[4..].copy_from_slice(&written.to_le_bytes());
-        dma.write(layout.device + ENTRIES + 8 * entry, &bytes)?;
-        self.next_used = self.next_used.wrapping_add(1);
+        for (chain, written) in chains {
+            let entry = u64::from(self.next_used % layout.size);
+            let mut bytes = [0; 8];
+            bytes[..4].copy_from_slice(&u32::from(chain.id).to_le_bytes());
+            bytes[4..].copy_from_slice(&written.to_le_bytes());
+            dma.write(layout.device + ENTRIES + 8 * entry, &bytes)?;
+            self.next_used = self.next_used.wrapping_add(1);
+        }
+        // The index shows all of them.
         dma.store(layout.device + INDEX, self.next_used)
     }
 

@@ -72,6 +72,56 @@ fn chains_come_back_in_another_order_than_they_were_taken() {
 }
 
 #[test]
+fn chains_that_were_put_back_are_taken_again_first() {
+    for features in KINDS {
+        let ram = ram();
+        let dma = Dma::new(&ram);
+        let (mut driver, mut queue) = queue(4, features);
+        let mut add = |n: u64| driver.add(&dma, &[part(0x8_0000 + n, 1, false)], false);
+        let ids: Vec<_> = (0..4).map(|n| add(n).unwrap()).collect();
+        let chains: Vec<_> = (0..3).map(|_| queue.pop(&dma).unwrap().unwrap()).collect();
+        // The driver uses its place again; in a packed ring it is that of the first one.
+        queue.push(&dma, &chains[1], 0).unwrap();
+        assert_eq!(driver.take(&dma), Some((ids[1], 0)));
+        let last = driver.add(&dma, &[part(0x8_0004, 1, false)], false).unwrap();
+        queue.put_back(chains[2].clone());
+        queue.put_back(chains[0].clone());
+        let mut saved: Queue = serde_json::from_str(&serde_json::to_string(&queue).unwrap()).unwrap();
+        assert_eq!(saved, queue);
+        assert!(saved.enable_notifications(&dma).unwrap(), "nobody will notify of them");
+        for (id, at) in [(ids[0], 0x8_0000), (ids[2], 0x8_0002), (ids[3], 0x8_0003), (last, 0x8_0004)] {
+            let chain = saved.pop(&dma).unwrap().unwrap();
+            assert_eq!(chain.readable(), [Buffer { at, len: 1 }]);
+            saved.push(&dma, &chain, 0).unwrap();
+            assert_eq!(driver.take(&dma), Some((id, 0)));
+        }
+        assert_eq!(saved.pop(&dma), Ok(None));
+    }
+}
+
+#[test]
+fn of_chains_that_come_back_together_none_is_seen_before_the_others() {
+    let end = 1 << 20;
+    // There is RAM for two of three.
+    let split = Layout { size: 8, descriptors: AT, driver: AT + 0x1000, device: end - 4 - 2 * 8 };
+    let packed = Layout { size: 8, descriptors: end - 2 * 16, driver: AT, device: AT + 4 };
+    for (layout, features, shows) in
+        [(split, 0, split.device + 2), (packed, RING_PACKED, packed.descriptors + 14)]
+    {
+        let ram = ram();
+        let dma = Dma::new(&ram);
+        let mut queue = Queue::new(layout, features).unwrap();
+        let chains = [0, 1, 2].map(|id| Chain::new(id, 1));
+        let used: Vec<_> = chains.iter().map(|chain| (chain, 1)).collect();
+        let failed = queue.clone().push_together(&dma, &used);
+        assert!(matches!(failed, Err(RingError::Memory { .. })), "{failed:?}");
+        assert_eq!(dma.load(shows), Ok(0), "the first is shown before the last is there");
+        queue.push_together(&dma, &used[..2]).unwrap();
+        assert_ne!(dma.load(shows), Ok(0));
+    }
+}
+
+#[test]
 fn interrupts_come_when_the_driver_waits_for_them() {
     for features in KINDS {
         let ram = ram();

@@ -1,5 +1,6 @@
 //! Who serves devices passes here: nobody does while the machine is held or reset.
 
+use std::sync::atomic::AtomicBool;
 use std::sync::{Condvar, Mutex, PoisonError};
 
 use crate::lifecycle::{Lifecycle, Phase};
@@ -16,9 +17,9 @@ pub(crate) struct Gate {
 pub(crate) struct Pass<'a>(&'a Gate);
 
 impl Gate {
-    /// Waits until the machine runs; `None` if it has ended.
-    pub(crate) fn enter(&self, lifecycle: &Lifecycle) -> Option<Pass<'_>> {
-        while lifecycle.wait_running() {
+    /// Waits until the machine runs; `None` if it has ended, or `gone` was set while it was held.
+    pub(crate) fn enter(&self, lifecycle: &Lifecycle, gone: &AtomicBool) -> Option<Pass<'_>> {
+        while lifecycle.wait_running(gone) {
             let mut inside = lock(&self.inside);
             // Whoever changes the phase waits for those inside after that, under this lock.
             if lifecycle.phase() == Phase::Running {

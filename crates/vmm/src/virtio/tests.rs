@@ -29,30 +29,51 @@ struct Bench {
     driver: Driver,
     /// The engine's doorbells.
     doorbells: Arc<DoorbellTable>,
+    function: SharedTransport,
     disk: AttachedDisk,
     threads: Vec<JoinHandle<()>>,
 }
 
 impl Bench {
     fn new() -> Self {
+        Self::with("queues=1", |disk| disk)
+    }
+
+    /// A board whose disk has these options, behind what `wrap` makes of it.
+    fn with(
+        options: &str,
+        wrap: impl FnOnce(Arc<dyn ruse_block::Disk>) -> Arc<dyn ruse_block::Disk>,
+    ) -> Self {
+        Self::served_by(options, wrap, |handler| handler)
+    }
+
+    /// The same, where `change` says what serves each queue.
+    fn served_by(
+        options: &str,
+        wrap: impl FnOnce(Arc<dyn ruse_block::Disk>) -> Arc<dyn ruse_block::Disk>,
+        change: impl Fn(Box<dyn Handler>) -> Box<dyn Handler>,
+    ) -> Self {
         let file = tempfile::NamedTempFile::new().unwrap();
         file.as_file().set_len(1 << 20).unwrap();
         let windows = PciWindows { ports: 0x1000..=0xffff, memory: vec![BAR..=0xdfff_ffff] };
-        let platform = Platform::new(Rtc::new(RtcConfig::default()), false, windows).unwrap();
+        let platform = Platform::new(Rtc::new(RtcConfig::default()), false, Some(windows)).unwrap();
         let lifecycle = Arc::new(Lifecycle::new(0).unwrap());
         let doorbells = Arc::<DoorbellTable>::default();
         let vm = Arc::new(FakeVm::with_doorbells(doorbells.clone()));
         let clock = Arc::new(Clock::start());
         let board = Arc::new(Board::new(0, clock, platform, lifecycle, Some(vm)).unwrap());
         let ram = GuestRam::new(1 << 20).unwrap();
-        let config: DiskConfig = format!("{},queues=1", file.path().display()).parse().unwrap();
-        let opened = AttachedDisk::open_all(std::slice::from_ref(&config)).unwrap();
-        let disks = std::iter::zip([config], opened).collect();
+        let config: DiskConfig = format!("{},{options}", file.path().display()).parse().unwrap();
+        let (config, disk) = OpenDisk::open_all(&[config], 1).unwrap().remove(0);
+        let OpenDisk::File(disk) = disk else { panic!() };
+        let disks = vec![(config, OpenDisk::File(wrap(disk)))];
         let (mut disks, servers) = AttachedDisk::plug_all(&board, &ram, |_| 16, 1, disks).unwrap();
         board.assign_pci();
-        let threads = servers.into_iter().map(|server| server.spawn().unwrap()).collect();
+        let function = servers[0].function.clone();
+        let serve = |server: Server| Server { handler: change(server.handler), ..server }.spawn().unwrap();
+        let threads = servers.into_iter().map(serve).collect();
         let (driver, disk) = (Driver::new(0x1_0000, 8, 0), disks.remove(0));
-        let bench = Self { board, ram, file, driver, doorbells, disk, threads };
+        let bench = Self { board, ram, file, driver, doorbells, function, disk, threads };
         bench.start();
         bench
     }
@@ -153,6 +174,82 @@ fn the_engine_catches_notifications_wherever_the_range_is() {
     assert!(!ring(elsewhere), "memory is not enabled");
 }
 
+/// A disk whose storage is full until there is room.
+struct FullDisk {
+    disk: Arc<dyn ruse_block::Disk>,
+    full: std::sync::atomic::AtomicBool,
+}
+
+impl ruse_block::Disk for FullDisk {
+    fn size(&self) -> u64 {
+        self.disk.size()
+    }
+    fn is_read_only(&self) -> bool {
+        false
+    }
+    fn refresh_size(&self) -> io::Result<u64> {
+        self.disk.refresh_size()
+    }
+    fn read(&self, offset: u64, to: &[ruse_block::Slice]) -> io::Result<()> {
+        self.disk.read(offset, to)
+    }
+    fn write(&self, offset: u64, from: &[ruse_block::Slice]) -> io::Result<()> {
+        match self.full.load(std::sync::atomic::Ordering::SeqCst) {
+            true => Err(io::ErrorKind::StorageFull.into()),
+            false => self.disk.write(offset, from),
+        }
+    }
+    fn flush(&self) -> io::Result<()> {
+        self.disk.flush()
+    }
+    fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.disk.discard(offset, len)
+    }
+    fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
+        self.disk.write_zeroes(offset, len, unmap)
+    }
+}
+
+#[test]
+fn a_full_disk_pauses_the_machine_until_there_is_room() {
+    let mut full = None;
+    let mut bench = Bench::with("queues=1,on-error=pause", |disk| {
+        let disk = Arc::new(FullDisk { disk, full: true.into() });
+        full = Some(disk.clone());
+        disk
+    });
+    bench.send(&[7; 512]);
+    let limit = Instant::now() + PATIENCE;
+    while bench.board.lifecycle.phase() != Phase::Paused {
+        assert!(Instant::now() < limit, "it is not paused");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    bench.board.gate.wait_empty();
+    // Without room, it comes to nothing again.
+    bench.board.lifecycle.resume();
+    while bench.board.lifecycle.phase() != Phase::Paused {
+        assert!(Instant::now() < limit, "it is not paused again");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    assert!(!bench.is_answered(Duration::from_millis(20)));
+    full.unwrap().full.store(false, std::sync::atomic::Ordering::SeqCst);
+    bench.board.lifecycle.resume();
+    assert!(bench.is_answered(PATIENCE));
+    assert_eq!(bench.first_bytes(), 7);
+}
+
+#[test]
+fn a_disk_with_limits_goes_on_when_it_may() {
+    let mut bench = Bench::with("queues=1,iops=20", |disk| disk);
+    let start = Instant::now();
+    for n in 0..6 {
+        bench.send(&[n; 512]);
+        assert!(bench.is_answered(PATIENCE), "request {n}");
+    }
+    // Two or three at once, then one every 50 ms.
+    assert!(start.elapsed() >= Duration::from_millis(120), "{:?}", start.elapsed());
+}
+
 #[test]
 fn nothing_is_served_while_the_machine_is_held() {
     let mut bench = Bench::new();
@@ -161,6 +258,51 @@ fn nothing_is_served_while_the_machine_is_held() {
     bench.send(&[8; 512]);
     assert!(!bench.is_answered(Duration::from_millis(100)));
     assert!(bench.board.lifecycle.resume());
+    assert!(bench.is_answered(PATIENCE));
+}
+
+/// Gives chains to somebody outside, who answers nothing, until it is to answer them itself.
+struct Lender {
+    lent: Vec<ruse_virtio::Chain>,
+    answers: Arc<std::sync::atomic::AtomicBool>,
+}
+
+impl Handler for Lender {
+    fn serve(&mut self, work: &mut Work, dma: &Dma) -> Result<Served, RingError> {
+        while let Some(chain) = work.queue.pop(dma)? {
+            match self.answers.load(std::sync::atomic::Ordering::SeqCst) {
+                true => work.queue.push(dma, &chain, 0)?,
+                false => self.lent.push(chain),
+            }
+        }
+        Ok(Served { outside: !self.lent.is_empty(), ..Served::default() })
+    }
+
+    fn recall(&mut self, work: &mut Work, _dma: &Dma) -> Result<Served, RingError> {
+        self.lent.drain(..).rev().for_each(|chain| work.queue.put_back(chain));
+        Ok(Served::default())
+    }
+}
+
+#[test]
+fn a_device_of_a_held_machine_has_taken_back_what_was_outside_and_can_be_saved() {
+    let answers = Arc::<std::sync::atomic::AtomicBool>::default();
+    let lender = |_| Box::new(Lender { lent: Vec::new(), answers: answers.clone() }) as Box<dyn Handler>;
+    let mut bench = Bench::served_by("queues=1", |disk| disk, lender);
+    bench.send(&[7; 512]);
+    let limit = Instant::now() + PATIENCE;
+    while lock(&bench.function).core().state().is_some() {
+        assert!(Instant::now() < limit, "nobody takes the request");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    assert!(!bench.is_answered(Duration::from_millis(20)));
+    assert!(lock(&bench.function).core().state().is_none(), "it is outside");
+    bench.board.lifecycle.pause();
+    bench.board.kick_all();
+    bench.board.gate.wait_empty();
+    assert!(lock(&bench.function).core().state().is_some());
+    answers.store(true, std::sync::atomic::Ordering::SeqCst);
+    bench.board.lifecycle.resume();
     assert!(bench.is_answered(PATIENCE));
 }
 

@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex};
 
 use super::*;
 use crate::pci::testing::{Dummy, windows};
-use crate::pci::{Bar, RootPort};
+use crate::pci::{Bar, RootPort, UNCLAIMED};
 use crate::{Effects, Power};
 
 fn plug(host: &mut PciHost, at: PciAddress, space: ConfigSpace) -> Result<(), SlotTaken> {
@@ -30,9 +30,10 @@ fn config(host: &mut PciHost, at: PciAddress, register: u16, value: u32) -> Opti
     host.config_write(&mut Access { now: 0, effects: &mut effects }, at, register, value, 0xf);
     effects.pci_ranges
 }
-/// First address and owner of each range of memory.
+/// First address and owner of each range of memory that a base address register has.
 fn memory(ranges: &PciRanges) -> Vec<(u64, String)> {
-    ranges.memory.iter().map(|(first, _, target)| (first, format!("{target:?}"))).collect()
+    let ranges = ranges.memory.iter().filter(|(_, _, target)| target.bar != UNCLAIMED);
+    ranges.map(|(first, _, target)| (first, format!("{target:?}"))).collect()
 }
 fn read<const N: usize>(host: &mut PciHost, offset: u64) -> [u8; N] {
     let mut data = [0; N];
@@ -184,6 +185,65 @@ fn a_device_behind_a_root_port_is_reached_through_its_bridge() {
     assert!(memory(&ranges).is_empty(), "outside of the bridge's window");
     let ranges = config(&mut host, at, 0x20, 0xc020_c020).unwrap();
     assert_eq!(memory(&ranges), [(0xc020_0000, "05:00.0 BAR 0".into())]);
+}
+
+#[test]
+fn what_a_root_port_forwards_reads_as_zeros_where_nobody_answers() {
+    let mut host = host();
+    let at = PciAddress::new(24, 0);
+    let port = Arc::new(Mutex::new(RootPort::new(at, 16, 5)));
+    let mut effects = Effects::default();
+    host.insert(&mut Access { now: 0, effects: &mut effects }, at, port).unwrap();
+    let slot = PciAddress::behind(5);
+    plug(&mut host, slot, device()).unwrap();
+    host.assign();
+    let bytes = |ranges: &PciRanges, address| {
+        let mut data = [0x55; 4];
+        ranges.memory.read(address, &mut data, |target, offset, data| {
+            let mut effects = Effects::default();
+            let access = &mut Access { now: 0, effects: &mut effects };
+            lock(&target.function).bar_read(access, target.bar, offset, data);
+        });
+        data
+    };
+    config(&mut host, slot, 0x10, 0xc010_8000);
+    config(&mut host, slot, 0x20, 0xc010_000c);
+    assert_eq!(bytes(&host.ranges(), 0xc010_0000), [0xff; 4], "it forwards nothing");
+    // It forwards one MiB, and behind that as much again, which is another function's.
+    config(&mut host, DEVICE, 0x10, 0xc020_0000);
+    config(&mut host, DEVICE, 0x04, 2);
+    config(&mut host, at, 0x24, 0xc020_c020);
+    config(&mut host, at, 0x04, 2);
+    let ranges = config(&mut host, slot, 0x04, 2).unwrap();
+    let kinds = |ranges: &PciRanges| {
+        let low = ranges.memory.iter().filter(|(first, ..)| *first < 1 << 32);
+        low.map(|(first, last, target)| (first, last, target.bar)).collect::<Vec<_>>()
+    };
+    let unclaimed = |first, last| (first, last, UNCLAIMED);
+    assert_eq!(
+        kinds(&ranges),
+        [
+            unclaimed(0xc010_0000, 0xc010_7fff),
+            (0xc010_8000, 0xc010_ffff, 0),
+            unclaimed(0xc011_0000, 0xc01f_ffff),
+            (0xc020_0000, 0xc020_7fff, 0),
+            unclaimed(0xc020_8000, 0xc02f_ffff),
+        ]
+    );
+    let mut effects = Effects::default();
+    host.remove(&mut Access { now: 0, effects: &mut effects }, slot).unwrap();
+    let ranges = effects.pci_ranges.unwrap();
+    assert_eq!(kinds(&ranges)[0], unclaimed(0xc010_0000, 0xc01f_ffff), "it has been torn out");
+    assert_eq!(bytes(&ranges, 0xc010_8014), [0; 4]);
+    assert_eq!(bytes(&ranges, 0xc030_0000), [0xff; 4], "behind the window");
+    assert_eq!(dword(&mut host, 0x8005_0000), !0, "its configuration space reads as ones");
+    for (register, value) in [(0x24, 0x0001_0001), (0x28, 0), (0x2c, !0), (0x24, 0xfff1_0001)] {
+        config(&mut host, at, register, value);
+        assert!(
+            kinds(&host.ranges()).len() < 3,
+            "a window that is not in one of the host's forwards nothing"
+        );
+    }
 }
 
 #[test]

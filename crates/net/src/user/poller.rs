@@ -1,0 +1,160 @@
+//! What the stack waits for: sockets, time, and a word from the sender's side.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::Instant;
+
+use rustix::buffer::spare_capacity;
+use rustix::event::epoll::{self, Event, EventData, EventFlags};
+use rustix::event::{EventfdFlags, eventfd};
+use rustix::time::{
+    Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create, timerfd_settime,
+};
+
+use super::slab::Id;
+
+/// Most events that are taken at once.
+const EVENTS: usize = 64;
+
+/// Who an event is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Token {
+    Wake,
+    Timer,
+    Tcp(Id),
+    Udp(Id),
+    Echo(Id),
+    /// A published port, by its place in the list.
+    Listener(u32),
+}
+
+impl Token {
+    fn bits(self) -> u64 {
+        let (kind, rest) = match self {
+            Self::Wake => (0, 0),
+            Self::Timer => (1, 0),
+            Self::Tcp(id) => (2, id.bits()),
+            Self::Udp(id) => (3, id.bits()),
+            Self::Echo(id) => (4, id.bits()),
+            Self::Listener(number) => (5, number.into()),
+        };
+        kind << 56 | rest
+    }
+
+    fn from_bits(bits: u64) -> Self {
+        let id = Id::from_bits(bits & ((1 << 56) - 1));
+        match bits >> 56 {
+            0 => Self::Wake,
+            1 => Self::Timer,
+            2 => Self::Tcp(id),
+            3 => Self::Udp(id),
+            4 => Self::Echo(id),
+            _ => Self::Listener(bits as u32),
+        }
+    }
+}
+
+/// What has happened.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Happened {
+    pub(super) token: Token,
+    pub(super) readable: bool,
+    pub(super) writable: bool,
+}
+
+pub(super) struct Poller {
+    epoll: OwnedFd,
+    wake: OwnedFd,
+    timer: OwnedFd,
+    /// What the timer is set to.
+    armed: Option<Instant>,
+}
+
+impl Poller {
+    pub(super) fn new() -> io::Result<Self> {
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        let timer =
+            timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK)?;
+        for (fd, token) in [(&wake, Token::Wake), (&timer, Token::Timer)] {
+            epoll::add(&epoll, fd, EventData::new_u64(token.bits()), EventFlags::IN)?;
+        }
+        Ok(Self { epoll, wake, timer, armed: None })
+    }
+
+    /// Readable when anything has happened.
+    pub(super) fn fd(&self) -> BorrowedFd<'_> {
+        self.epoll.as_fd()
+    }
+
+    /// Waits for a flow's socket from now on: each change is told once.
+    pub(super) fn watch(&self, socket: impl AsFd, token: Token) -> io::Result<()> {
+        let flags = EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP | EventFlags::ET;
+        Ok(epoll::add(&self.epoll, socket, EventData::new_u64(token.bits()), flags)?)
+    }
+
+    /// Waits for a listening socket from now on, as long as there is something to be had.
+    pub(super) fn listen(&self, socket: impl AsFd, token: Token) -> io::Result<()> {
+        Ok(epoll::add(&self.epoll, socket, EventData::new_u64(token.bits()), EventFlags::IN)?)
+    }
+
+    /// Does not wait for a listening socket any more.
+    pub(super) fn ignore(&self, socket: impl AsFd) {
+        if let Err(error) = epoll::delete(&self.epoll, socket) {
+            tracing::debug!(%error, "a listening socket was not waited for");
+        }
+    }
+
+    /// Makes [`Poller::fd`] readable.
+    pub(super) fn wake(&self) {
+        // It can only fail because it was told very often already.
+        let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
+    }
+
+    /// Makes [`Poller::fd`] readable at a time, or at an earlier one that was asked for.
+    pub(super) fn arm(&mut self, at: Instant) {
+        if self.armed.is_some_and(|armed| armed <= at) {
+            return;
+        }
+        let wait = at.saturating_duration_since(Instant::now()).as_nanos().max(1);
+        let value = Timespec { tv_sec: (wait / 1_000_000_000) as i64, tv_nsec: (wait % 1_000_000_000) as _ };
+        let zero = Timespec { tv_sec: 0, tv_nsec: 0 };
+        let setting = Itimerspec { it_interval: zero, it_value: value };
+        match timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &setting) {
+            Ok(_) => self.armed = Some(at),
+            Err(error) => tracing::warn!(%error, "a timer cannot be set"),
+        }
+    }
+
+    /// What has happened; nothing if nothing has.
+    pub(super) fn poll(&mut self) -> Vec<Happened> {
+        let mut events: Vec<Event> = Vec::with_capacity(EVENTS);
+        let none = Timespec { tv_sec: 0, tv_nsec: 0 };
+        if let Err(error) = epoll::wait(&self.epoll, spare_capacity(&mut events), Some(&none)) {
+            tracing::debug!(%error, "no events");
+        }
+        let mut all = Vec::with_capacity(events.len());
+        for event in &events {
+            let token = Token::from_bits(event.data.u64());
+            match token {
+                Token::Wake => clear(&self.wake),
+                Token::Timer => {
+                    self.armed = None;
+                    clear(&self.timer);
+                }
+                _ => {}
+            }
+            let flags = event.flags;
+            let failed = flags.intersects(EventFlags::ERR | EventFlags::HUP);
+            let readable = failed || flags.intersects(EventFlags::IN | EventFlags::RDHUP);
+            all.push(Happened { token, readable, writable: failed || flags.contains(EventFlags::OUT) });
+        }
+        all
+    }
+}
+
+/// Makes a counter unreadable until it counts again.
+fn clear(counter: &OwnedFd) {
+    // If it cannot be read it was cleared already.
+    let _ = rustix::io::read(counter, &mut [0; 8]);
+}
