@@ -14,7 +14,7 @@ use clap::{Args, ValueEnum};
 pub use build::{Materials, ruse};
 use floor::Floors;
 pub use report::{cell, median};
-pub use run::{Accel, CaseTime, GUEST_RAM, Guest, QEMU, qemu_is_here};
+pub use run::{Accel, CaseTime, GUEST_RAM, Guest, QEMU, qemu_is_here, qemu_version};
 use run::{Job, Outcome};
 
 /// What to run, and how often.
