@@ -1,6 +1,6 @@
 # The cases of the KVM lab, run inside it: cases NAME...
 # A case is the boot of a kernel (bzimage-CPUS, vmlinux-CPUS), one that reboots in between (reboot-CPUS) or uses devices
-# (disk-CPUS, vhost-CPUS), or a test program.
+# (disk-CPUS, microvm-CPUS, vhost-CPUS), or a test program.
 cd /lab || exit
 export RUSE_NEED_KVM=1 RUSE_NEED_VHOST=1 RUSE_MOVES=100
 
@@ -40,13 +40,15 @@ reboot() {
     return $status
 }
 
-# The default guest copies the first half of a disk to the second.
+# disk CPUS [WORDS...]: the default guest copies the first half of a disk to the second.
 disk() {
+    cpus=$1
+    shift
     head -c 2097152 /dev/urandom > /tmp/half
     cat /tmp/half /tmp/half > /tmp/expected
     { cat /tmp/half; head -c 2097152 /dev/zero; } > /tmp/disk
-    guest "$1" 'dd if=/dev/vda of=/dev/vda bs=64k count=32 seek=32 conv=notrunc,fsync; echo GUEST-UP cpus=$(nproc)' \
-        --memory 256M --disk /tmp/disk && cmp /tmp/disk /tmp/expected
+    guest "$cpus" 'dd if=/dev/vda of=/dev/vda bs=64k count=32 seek=32 conv=notrunc,fsync; echo GUEST-UP cpus=$(nproc)' \
+        --memory 256M --disk /tmp/disk "$@" && cmp /tmp/disk /tmp/expected
 }
 
 # The kernel serves a network device and sockets of the default guest: files go both ways.
@@ -93,6 +95,7 @@ for name; do
         bzimage-* | vmlinux-*) boot "${name%-*}" "${name#*-}" ;;
         reboot-*) reboot "${name#*-}" ;;
         disk-*) disk "${name#*-}" ;;
+        microvm-*) disk "${name#*-}" --machine microvm ;;
         vhost-*) vhost "${name#*-}" ;;
         *) run_tests "$name" ;;
     esac < /dev/null
