@@ -6,10 +6,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use ruse_memory::GuestRam;
+use ruse_timer::OneShot;
 use ruse_virtio::{Device, Handler, Identity, Work, features};
-use rustix::time::{
-    Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create, timerfd_settime,
-};
 
 use crate::backend::{Backend, BackendError, Region, RingSetup};
 use crate::relay::Relay;
@@ -137,8 +135,7 @@ impl OpenDevice {
     pub fn plug(self, ram: &GuestRam) -> io::Result<Parts> {
         let Self { device, name, backend, connect, served } = self;
         let kind = device.kind;
-        let retry =
-            timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK)?;
+        let retry = OneShot::new()?;
         let link = Arc::new(Link {
             area: Arc::new(Area::new(served.into(), kind.entries())?),
             retry,
@@ -176,8 +173,8 @@ pub(crate) enum Status {
 /// The backend of a device, as all of its relays share it.
 pub(crate) struct Link {
     pub(crate) area: Arc<Area>,
-    /// A timer: it is to be looked whether the backend has come back.
-    pub(crate) retry: OwnedFd,
+    /// Runs out when it is to be looked whether the backend has come back.
+    pub(crate) retry: OneShot,
     pub(crate) entries: u16,
     pub(crate) drains: bool,
     returns: bool,
@@ -229,7 +226,7 @@ impl Link {
         let mut state = self.lock();
         if state.broken.is_some_and(|at| at != resets) {
             state.broken = None;
-            self.arm(Duration::from_nanos(1));
+            self.arm(Duration::ZERO);
         }
         match (&state.backend, state.broken) {
             (_, Some(_)) => Status::Broken,
@@ -305,9 +302,7 @@ impl Link {
     }
 
     fn arm(&self, after: Duration) {
-        let value = Timespec { tv_sec: after.as_secs() as i64, tv_nsec: after.subsec_nanos().into() };
-        let once = Itimerspec { it_interval: Timespec { tv_sec: 0, tv_nsec: 0 }, it_value: value };
-        if let Err(error) = timerfd_settime(&self.retry, TimerfdTimerFlags::empty(), &once) {
+        if let Err(error) = self.retry.set(after) {
             tracing::warn!(%error, "no timer: a backend that comes back is not seen");
         }
     }
@@ -315,7 +310,7 @@ impl Link {
     /// The timer has run out: looks whether the backend has come back.
     pub(crate) fn retry(&self, resets: u64) {
         let mut state = self.lock();
-        if rustix::io::read(&self.retry, &mut [0; 8]).is_err() || state.backend.is_some() {
+        if !self.retry.take() || state.backend.is_some() {
             return;
         }
         let Some(connect) = &self.connect else { return };

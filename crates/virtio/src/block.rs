@@ -6,14 +6,12 @@ mod request;
 mod tests;
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::Instant;
 
 use ruse_block::{Disk, Lane, Transfer};
-use rustix::time::{
-    Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create, timerfd_settime,
-};
+use ruse_timer::OneShot;
 
 use crate::chain::Chain;
 use crate::core::Work;
@@ -96,9 +94,7 @@ impl Block {
 
     /// What serves one of its queues.
     pub fn handler(&self) -> BlockHandler {
-        let timer = self.limits.as_ref().map(|_| {
-            timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK)
-        });
+        let timer = self.limits.as_ref().map(|_| OneShot::new());
         BlockHandler {
             disk: self.disk.clone(),
             serial: self.serial,
@@ -180,7 +176,7 @@ pub struct BlockHandler {
     lane: Lane,
     limits: Option<Arc<Limits>>,
     /// Runs out when the next request may begin.
-    timer: Option<OwnedFd>,
+    timer: Option<OneShot>,
     waiting: bool,
     on_error: OnError,
     /// Requests that have failed and are to be tried again, and of which start of the driver they are.
@@ -260,10 +256,10 @@ impl BlockHandler {
         self.waiting = wait.is_some();
         if let Some(wait) = wait {
             // Setting it takes back what it has said before.
-            let time = Timespec { tv_sec: wait.as_secs() as i64, tv_nsec: wait.subsec_nanos().into() };
-            let once = Itimerspec { it_interval: Timespec { tv_sec: 0, tv_nsec: 0 }, it_value: time };
-            // Both the file and the time are right.
-            let _ = timerfd_settime(timer, TimerfdTimerFlags::empty(), &once);
+            if let Err(error) = timer.set(wait) {
+                tracing::warn!(%error, "no timer: the disk has no limits");
+                self.waiting = false;
+            }
         }
         self.waiting
     }

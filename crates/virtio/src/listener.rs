@@ -7,17 +7,14 @@ use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
+use ruse_timer::OneShot;
 use rustix::event::epoll;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
-use rustix::time::{
-    Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create, timerfd_settime,
-};
 
 /// How long nobody is let in after somebody could not be, for want of files for instance.
-const RETRY: Timespec = Timespec { tv_sec: 0, tv_nsec: 200_000_000 };
-/// Of a timer: it is off.
-const NEVER: Timespec = Timespec { tv_sec: 0, tv_nsec: 0 };
+const RETRY: Duration = Duration::from_millis(200);
 
 /// Why nobody can listen there.
 #[derive(Debug, thiserror::Error)]
@@ -76,7 +73,7 @@ pub(crate) struct Entrance {
     token: u64,
     open: bool,
     /// Readable when somebody may be let in again who could not be.
-    retry: OwnedFd,
+    retry: OneShot,
     /// The last one could not.
     failing: bool,
 }
@@ -85,8 +82,7 @@ impl Entrance {
     /// Has `poll` wait for `listener`, with this token.
     pub(crate) fn new(listener: UnixListener, poll: Arc<OwnedFd>, token: u64) -> io::Result<Self> {
         listener.set_nonblocking(true)?;
-        let retry =
-            timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK)?;
+        let retry = OneShot::new()?;
         let entrance = Self { listener, poll, token, open: true, retry, failing: false };
         entrance.watch(&entrance.retry)?;
         entrance.watch(&entrance.listener)?;
@@ -99,7 +95,7 @@ impl Entrance {
 
     /// Lets somebody in who waits. If the host refuses, the poll waits for a while before it hears of them again.
     pub(crate) fn accept(&mut self) -> Option<UnixStream> {
-        if rustix::io::read(&self.retry, &mut [0; 8]).is_ok() {
+        if self.retry.take() {
             self.open();
         }
         match self.listener.accept() {
@@ -132,18 +128,18 @@ impl Entrance {
     /// The poll does not wait for others until it is opened.
     pub(crate) fn close(&mut self) {
         self.open &= epoll::delete(&*self.poll, &self.listener).is_err();
-        self.set_retry(NEVER);
+        told(self.retry.stop());
     }
 
     fn open_later(&self) {
-        self.set_retry(RETRY);
+        told(self.retry.set(RETRY));
     }
+}
 
-    fn set_retry(&self, it_value: Timespec) {
-        let setting = Itimerspec { it_interval: NEVER, it_value };
-        if let Err(error) = timerfd_settime(&self.retry, TimerfdTimerFlags::empty(), &setting) {
-            tracing::warn!(%error, "nobody can connect any more");
-        }
+/// Tells of a timer that fails.
+fn told(set: io::Result<()>) {
+    if let Err(error) = set {
+        tracing::warn!(%error, "nobody can connect any more");
     }
 }
 
@@ -153,6 +149,7 @@ mod tests {
     use std::os::fd::AsRawFd;
 
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    use rustix::time::Timespec;
 
     use super::*;
 

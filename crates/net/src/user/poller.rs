@@ -4,12 +4,11 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Instant;
 
+use ruse_timer::OneShot;
 use rustix::buffer::spare_capacity;
 use rustix::event::epoll::{self, Event, EventData, EventFlags};
 use rustix::event::{EventfdFlags, eventfd};
-use rustix::time::{
-    Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create, timerfd_settime,
-};
+use rustix::time::Timespec;
 
 use super::slab::Id;
 
@@ -65,7 +64,7 @@ pub(super) struct Happened {
 pub(super) struct Poller {
     epoll: OwnedFd,
     wake: OwnedFd,
-    timer: OwnedFd,
+    timer: OneShot,
     /// What the timer is set to.
     armed: Option<Instant>,
 }
@@ -74,9 +73,8 @@ impl Poller {
     pub(super) fn new() -> io::Result<Self> {
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        let timer =
-            timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK)?;
-        for (fd, token) in [(&wake, Token::Wake), (&timer, Token::Timer)] {
+        let timer = OneShot::new()?;
+        for (fd, token) in [(wake.as_fd(), Token::Wake), (timer.as_fd(), Token::Timer)] {
             epoll::add(&epoll, fd, EventData::new_u64(token.bits()), EventFlags::IN)?;
         }
         Ok(Self { epoll, wake, timer, armed: None })
@@ -116,12 +114,8 @@ impl Poller {
         if self.armed.is_some_and(|armed| armed <= at) {
             return;
         }
-        let wait = at.saturating_duration_since(Instant::now()).as_nanos().max(1);
-        let value = Timespec { tv_sec: (wait / 1_000_000_000) as i64, tv_nsec: (wait % 1_000_000_000) as _ };
-        let zero = Timespec { tv_sec: 0, tv_nsec: 0 };
-        let setting = Itimerspec { it_interval: zero, it_value: value };
-        match timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &setting) {
-            Ok(_) => self.armed = Some(at),
+        match self.timer.set(at.saturating_duration_since(Instant::now())) {
+            Ok(()) => self.armed = Some(at),
             Err(error) => tracing::warn!(%error, "a timer cannot be set"),
         }
     }
@@ -137,10 +131,13 @@ impl Poller {
         for event in &events {
             let token = Token::from_bits(event.data.u64());
             match token {
-                Token::Wake => clear(&self.wake),
+                Token::Wake => {
+                    // If it cannot be read it was cleared already.
+                    let _ = rustix::io::read(&self.wake, &mut [0; 8]);
+                }
                 Token::Timer => {
                     self.armed = None;
-                    clear(&self.timer);
+                    self.timer.take();
                 }
                 _ => {}
             }
@@ -151,10 +148,4 @@ impl Poller {
         }
         all
     }
-}
-
-/// Makes a counter unreadable until it counts again.
-fn clear(counter: &OwnedFd) {
-    // If it cannot be read it was cleared already.
-    let _ = rustix::io::read(counter, &mut [0; 8]);
 }
