@@ -64,10 +64,18 @@ fn devices_come_and_go_while_linux_runs() {
 
     let attach = ["attach", "m", "--disk", word(&path)];
     // There is no udev that would load the driver.
-    machine.ask("cd /lib/modules; for m in $(cat order-disks); do insmod $m 2> /dev/null; done");
+    machine.ask("cd /lib/modules; for m in $(cat order-disks); do insmod $m 2> /dev/null; done; cd /");
     assert_eq!(command(&machine, &attach), (Some(0), "slot1".into()));
     wait_for(&mut machine, "ls /sys/block | grep vd", "vda");
-    assert_eq!(machine.ask("head -c 1048576 /dev/vda | md5sum"), format!("{} -", md5(&bytes)));
+    let (read, sum) = ("head -c 1048576 /dev/vda | md5sum", format!("{} -", md5(&bytes)));
+    assert_eq!(machine.ask(read), sum);
+    assert_eq!(machine.ask("d=$(readlink -f /sys/block/vda/device/..); cat $d/reset_method"), "bus");
+    machine.ask("cd /sys/bus/pci/drivers/virtio-pci; echo ${d##*/} > unbind");
+    assert_eq!(
+        machine.ask("echo 1 > $d/reset && echo ${d##*/} > bind; ls /sys/block | grep vd; cd /"),
+        "vda"
+    );
+    assert_eq!(machine.ask(read), sum, "after a reset of the bus");
     let (code, message) = command(&machine, &attach);
     assert!(code == Some(2) && message.contains("in use") && message.lines().count() == 1, "{message}");
     assert_eq!(command(&machine, &["attach", "m", "--net", "user"]), (Some(0), "slot2".into()));

@@ -25,6 +25,9 @@ const SECONDARY_BUS: usize = 0x19;
 const IO_BASE: usize = 0x1c;
 const MEMORY_BASE: usize = 0x20;
 const PREFETCHABLE_BASE: usize = 0x24;
+const BRIDGE_CONTROL: usize = 0x3e;
+/// Bridge control: the bus behind the bridge is reset.
+const BUS_RESET: u8 = 1 << 6;
 
 /// Who a function says it is (PCI 3.0, 6.2.1 and 6.2.4).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -165,6 +168,7 @@ impl ConfigSpace {
             space.writable[at..at + 2].copy_from_slice(&[0xf0, 0xff]);
         }
         space.writable[0x28..0x30].fill(0xff);
+        space.writable[BRIDGE_CONTROL] = BUS_RESET;
         space.bytes[IO_BASE] = 0xf0;
         space.bytes[MEMORY_BASE..MEMORY_BASE + 2].copy_from_slice(&[0xf0, 0xff]);
         // The prefetchable window has 64-bit addresses.
@@ -315,6 +319,11 @@ impl ConfigSpace {
             ports: window(COMMAND_IO, io, io_limit | 0xfff),
             memory: [memory(MEMORY_BASE, [0, 0]), memory(PREFETCHABLE_BASE, high)],
         })
+    }
+
+    /// Whether a bridge holds the bus behind it in reset (PCI-to-PCI Bridge 1.2, 3.2.5.18).
+    pub(super) fn resets_bus(&self) -> bool {
+        self.bytes[0x0e] & 0x7f == HEADER_BRIDGE && self.bytes[BRIDGE_CONTROL] & BUS_RESET != 0
     }
 
     /// Gives a bridge the number of the bus behind it, at power-up.

@@ -211,10 +211,17 @@ impl PciHost {
         let Some(function) = self.function(at) else { return };
         let mut locked = lock(function);
         let before = (locked.space().bars(), locked.space().windows());
+        let was_resetting = locked.space().resets_bus();
         locked.config_write(access, register, value, enables);
         let moved = (locked.space().bars(), locked.space().windows()) != before;
+        let reset =
+            (locked.space().resets_bus() && !was_resetting).then(|| locked.space().initial_secondary_bus());
         drop(locked);
-        if moved {
+        if let Some(bus) = reset {
+            let behind = self.functions.iter().filter(|(at, _)| at.bus == bus);
+            behind.for_each(|(_, function)| lock(function).reset(access));
+        }
+        if moved || reset.is_some() {
             access.effects.pci_ranges = Some(self.ranges());
         }
     }

@@ -163,15 +163,44 @@ fn nobody_answers_outside_of_the_windows_or_in_anothers_range() {
     assert_eq!(memory(&ranges)[0], (0xc000_0000, "00:04.0 BAR 0".into()), "it is free now");
 }
 
-#[test]
-fn a_device_behind_a_root_port_is_reached_through_its_bridge() {
+const PORT: PciAddress = PciAddress { bus: 0, device: 24, function: 0 };
+
+/// A device behind a root port, to bus 5, as firmware leaves them.
+fn behind_a_port() -> PciHost {
     let mut host = host();
-    let at = PciAddress::new(24, 0);
-    let port = Arc::new(Mutex::new(RootPort::new(at, 16, 5)));
+    let port = Arc::new(Mutex::new(RootPort::new(PORT, 16, 5)));
     let mut effects = Effects::default();
-    host.insert(&mut Access { now: 0, effects: &mut effects }, at, port).unwrap();
+    host.insert(&mut Access { now: 0, effects: &mut effects }, PORT, port).unwrap();
     plug(&mut host, PciAddress::behind(5), device()).unwrap();
     host.assign();
+    host
+}
+
+#[test]
+fn a_reset_of_the_bus_behind_a_root_port_is_one_of_its_device_alone() {
+    let mut host = behind_a_port();
+    let slot = PciAddress { bus: 5, device: 0, function: 0 };
+    config(&mut host, slot, 0x04, 2);
+    config(&mut host, DEVICE, 0x04, 2);
+    config(&mut host, PORT, 0x04, 2);
+    assert_eq!(memory(&host.ranges()).len(), 3);
+    // The interrupt line beside it is written with it.
+    let ranges = config(&mut host, PORT, 0x3c, 1 << 22 | 9).expect("a device has let go of its addresses");
+    assert_eq!(memory(&ranges).iter().filter(|(_, who)| who.starts_with("05")).count(), 0);
+    assert_eq!(memory(&ranges).len(), 2);
+    assert_eq!(dword(&mut host, 0x8000_c03c), 0x0040_0109, "the port itself is as it was");
+    assert_eq!((dword(&mut host, 0x8005_0004) & 0xffff, dword(&mut host, 0x8005_0010)), (0, 4));
+    config(&mut host, slot, 0x10, 0xc010_0000);
+    for value in [1 << 22, 0] {
+        assert!(config(&mut host, PORT, 0x3c, value).is_none(), "only a bit that is set anew resets");
+    }
+    assert_eq!(dword(&mut host, 0x8005_0010), 0xc010_0004);
+}
+
+#[test]
+fn a_device_behind_a_root_port_is_reached_through_its_bridge() {
+    let mut host = behind_a_port();
+    let at = PORT;
     assert_eq!(dword(&mut host, 0x8005_0000), 0x1042_1af4);
     assert_eq!(dword(&mut host, 0x8005_0800), !0, "there is one device behind a port");
     let slot = PciAddress { bus: 5, device: 0, function: 0 };
