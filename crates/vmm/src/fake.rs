@@ -5,14 +5,18 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
 use ruse_arch::{MpState, VcpuState};
+use ruse_devices::pci::PciWindows;
+use ruse_devices::rtc::{Rtc, RtcConfig};
 use ruse_engine::{
     Bus, Capabilities, Clock, Counters, CpuidTable, DoorbellTable, Doorbells, Engine, EngineError, Halt,
     Vcpu, VcpuHandle, Vm, WriteLog,
 };
 use ruse_memory::GuestRam;
 
+use crate::board::Board;
 use crate::config::MachineConfig;
-use crate::platform::lock;
+use crate::lifecycle::Lifecycle;
+use crate::platform::{Platform, lock};
 
 /// What a fake vCPU does after a step.
 pub(crate) enum Flow {
@@ -55,11 +59,26 @@ pub(crate) struct FakeVm {
     doorbells: Arc<DoorbellTable>,
 }
 
-impl FakeVm {
-    /// A VM whose vCPUs sleep, and whose doorbells the test rings.
-    pub(crate) fn with_doorbells(doorbells: Arc<DoorbellTable>) -> Self {
-        Self { program: Arc::new(|_, _, _, _| Flow::Sleep), doorbells }
-    }
+/// Windows of PCI as a small machine has them.
+pub(crate) fn windows() -> PciWindows {
+    PciWindows { ports: 0x1000..=0xffff, memory: vec![0xc000_0000..=0xdfff_ffff] }
+}
+
+/// The board of a machine whose vCPUs sleep, and the engine's doorbells.
+pub(crate) fn board(cpus: u32, windows: Option<PciWindows>) -> (Arc<Board>, Arc<DoorbellTable>) {
+    let platform = Platform::new(Rtc::new(RtcConfig::default()), false, windows).unwrap();
+    let lifecycle = Arc::new(Lifecycle::new(cpus).unwrap());
+    let doorbells = Arc::<DoorbellTable>::default();
+    let vm = FakeVm { program: Arc::new(|_, _, _, _| Flow::Sleep), doorbells: doorbells.clone() };
+    let board = Board::new(cpus, Arc::new(Clock::start()), platform, lifecycle, Some(Arc::new(vm))).unwrap();
+    (Arc::new(board), doorbells)
+}
+
+/// A file of a MiB for a disk.
+pub(crate) fn image() -> tempfile::NamedTempFile {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    file.as_file().set_len(1 << 20).unwrap();
+    file
 }
 
 impl Vm for FakeVm {

@@ -86,16 +86,8 @@ fn cpus(version: &str) -> &'static str {
 pub fn command(image: &Image, script: &str) -> Command {
     let mut command = Command::new(QEMU);
     command.args(["-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", "EPYC,+svm,+npt"]);
-    command.args([
-        "-smp",
-        cpus(&qemu_version()),
-        "-m",
-        "2048",
-        "-nodefaults",
-        "-no-user-config",
-        "-display",
-        "none",
-    ]);
+    command.args(["-smp", cpus(&qemu_version()), "-m", "2048"]);
+    command.args(["-nodefaults", "-no-user-config", "-display", "none"]);
     command.args(["-no-reboot", "-serial", "stdio"]).arg("-kernel").arg(&image.kernel);
     command.arg("-initrd").arg(&image.initrd);
     // All CPUs have one time-stamp counter, which their model does not say. A host that does not trust it

@@ -301,7 +301,7 @@ impl ConfigSpace {
 
     /// What a bridge forwards; `None` if this is not a bridge.
     pub fn windows(&self) -> Option<BridgeWindows> {
-        if self.bytes[0x0e] & 0x7f != HEADER_BRIDGE {
+        if !self.is_bridge() {
             return None;
         }
         let window = |enable: u8, base: u64, limit: u64| {
@@ -323,7 +323,11 @@ impl ConfigSpace {
 
     /// Whether a bridge holds the bus behind it in reset (PCI-to-PCI Bridge 1.2, 3.2.5.18).
     pub(super) fn resets_bus(&self) -> bool {
-        self.bytes[0x0e] & 0x7f == HEADER_BRIDGE && self.bytes[BRIDGE_CONTROL] & BUS_RESET != 0
+        self.is_bridge() && self.bytes[BRIDGE_CONTROL] & BUS_RESET != 0
+    }
+
+    fn is_bridge(&self) -> bool {
+        self.bytes[0x0e] & 0x7f == HEADER_BRIDGE
     }
 
     /// Gives a bridge the number of the bus behind it, at power-up.

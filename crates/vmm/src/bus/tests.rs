@@ -1,19 +1,17 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use ruse_devices::pci::PciWindows;
 use ruse_devices::rtc::{Rtc, RtcConfig};
 use ruse_engine::Clock;
 
 use super::*;
-use crate::fake::FakeHandle;
+use crate::fake::{FakeHandle, windows};
 use crate::lifecycle::{Lifecycle, Phase};
 use crate::platform::{Platform, lock, number};
 use crate::report::Outcome;
 
 fn board(cpus: u32) -> (Board, Vec<Arc<FakeHandle>>) {
-    let windows = PciWindows { ports: 0x1000..=0xffff, memory: vec![0xc000_0000..=0xdfff_ffff] };
-    let platform = Platform::new(Rtc::new(RtcConfig::default()), true, Some(windows)).unwrap();
+    let platform = Platform::new(Rtc::new(RtcConfig::default()), true, Some(windows())).unwrap();
     let lifecycle = Arc::new(Lifecycle::new(cpus).unwrap());
     let board = Board::new(cpus, Arc::new(Clock::start()), platform, lifecycle, None).unwrap();
     let handles: Vec<Arc<FakeHandle>> = (0..cpus).map(|_| Arc::default()).collect();

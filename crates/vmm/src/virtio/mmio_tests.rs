@@ -3,16 +3,13 @@
 use std::time::{Duration, Instant};
 
 use ruse_devices::pci::PciAddress;
-use ruse_devices::rtc::{Rtc, RtcConfig};
-use ruse_engine::{Bus, Clock, DoorbellTable, IoAddress};
+use ruse_engine::{Bus, DoorbellTable, IoAddress};
 use ruse_virtio::ring::driver::Driver;
 use ruse_virtio::{Buffer, Dma, features};
 
 use super::*;
-use crate::fake::FakeVm;
-use crate::lifecycle::Lifecycle;
+use crate::fake;
 use crate::mmio_slots;
-use crate::platform::Platform;
 
 /// The first disk's registers, and its pin of the I/O APIC.
 const DISK: u64 = 0xfeb0_8000;
@@ -38,14 +35,9 @@ struct Bench {
 impl Bench {
     /// A disk whose driver has started with these features of rings.
     fn new(rings: u64) -> Self {
-        let file = tempfile::NamedTempFile::new().unwrap();
-        file.as_file().set_len(1 << 20).unwrap();
-        let platform = Platform::new(Rtc::new(RtcConfig::default()), false, None).unwrap();
-        let lifecycle = Arc::new(Lifecycle::new(1).unwrap());
-        let doorbells = Arc::<DoorbellTable>::default();
-        let vm = Arc::new(FakeVm::with_doorbells(doorbells.clone()));
-        let board = Board::new(1, Arc::new(Clock::start()), platform, lifecycle, Some(vm)).unwrap();
-        let (board, ram) = (Arc::new(board), GuestRam::new(1 << 20).unwrap());
+        let file = fake::image();
+        let (board, doorbells) = fake::board(1, None);
+        let ram = GuestRam::new(1 << 20).unwrap();
         let config = format!("{},queues=1", file.path().display()).parse().unwrap();
         let disks = OpenDisk::open_all(&[config], 1).unwrap();
         let (mut disks, servers) = AttachedDisk::plug_all(&board, &ram, mmio_slots::gsi, 1, disks).unwrap();

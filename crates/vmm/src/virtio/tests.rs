@@ -2,17 +2,15 @@
 
 use std::time::{Duration, Instant};
 
-use ruse_devices::pci::{ECAM_BASE, PciWindows};
-use ruse_devices::rtc::{Rtc, RtcConfig};
-use ruse_engine::{Bus, Clock, DoorbellTable, IoAddress};
+use ruse_devices::pci::ECAM_BASE;
+use ruse_engine::{Bus, DoorbellTable, IoAddress};
 use ruse_virtio::ring::driver::Driver;
 use ruse_virtio::{Buffer, Dma, features};
 
 use super::*;
 use crate::config::DiskConfig;
-use crate::fake::FakeVm;
-use crate::lifecycle::{Lifecycle, Phase};
-use crate::platform::Platform;
+use crate::fake;
+use crate::lifecycle::Phase;
 
 const BAR: u64 = 0xc000_0000;
 const HEADER: u64 = 0x4_0000;
@@ -53,15 +51,8 @@ impl Bench {
         wrap: impl FnOnce(Arc<dyn ruse_block::Disk>) -> Arc<dyn ruse_block::Disk>,
         change: impl Fn(Box<dyn Handler>) -> Box<dyn Handler>,
     ) -> Self {
-        let file = tempfile::NamedTempFile::new().unwrap();
-        file.as_file().set_len(1 << 20).unwrap();
-        let windows = PciWindows { ports: 0x1000..=0xffff, memory: vec![BAR..=0xdfff_ffff] };
-        let platform = Platform::new(Rtc::new(RtcConfig::default()), false, Some(windows)).unwrap();
-        let lifecycle = Arc::new(Lifecycle::new(0).unwrap());
-        let doorbells = Arc::<DoorbellTable>::default();
-        let vm = Arc::new(FakeVm::with_doorbells(doorbells.clone()));
-        let clock = Arc::new(Clock::start());
-        let board = Arc::new(Board::new(0, clock, platform, lifecycle, Some(vm)).unwrap());
+        let file = fake::image();
+        let (board, doorbells) = fake::board(0, Some(fake::windows()));
         let ram = GuestRam::new(1 << 20).unwrap();
         let config: DiskConfig = format!("{},{options}", file.path().display()).parse().unwrap();
         let (config, disk) = OpenDisk::open_all(&[config], 1).unwrap().remove(0);

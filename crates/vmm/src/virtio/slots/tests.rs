@@ -2,19 +2,16 @@
 
 use std::time::{Duration, Instant};
 
-use ruse_devices::pci::{ECAM_BASE, PciWindows};
-use ruse_devices::rtc::{Rtc, RtcConfig};
-use ruse_engine::{Bus, Clock, DoorbellTable};
+use ruse_devices::pci::ECAM_BASE;
+use ruse_engine::Bus;
 use ruse_loader::PciIntx;
 
 use super::*;
-use crate::fake::FakeVm;
-use crate::lifecycle::{Lifecycle, Phase};
+use crate::fake;
+use crate::lifecycle::Phase;
 use crate::pci_slots::plug_root_ports;
-use crate::platform::Platform;
 use crate::report::Outcome;
 
-const WINDOW: u64 = 0xc000_0000;
 /// The device in slot 1, and its root port.
 const DEVICE: u64 = ECAM_BASE + (1 << 20);
 const PORT: u64 = ECAM_BASE + (24 << 15);
@@ -38,22 +35,13 @@ struct Bench {
 
 impl Bench {
     fn new(slots: u8) -> Self {
-        let windows = PciWindows { ports: 0x1000..=0xffff, memory: vec![WINDOW..=0xdfff_ffff] };
-        let platform = Platform::new(Rtc::new(RtcConfig::default()), false, Some(windows)).unwrap();
-        let lifecycle = Arc::new(Lifecycle::new(0).unwrap());
-        let vm = Arc::new(FakeVm::with_doorbells(Arc::<DoorbellTable>::default()));
-        let board = Arc::new(Board::new(0, Arc::new(Clock::start()), platform, lifecycle, Some(vm)).unwrap());
+        let (board, _) = fake::board(0, Some(fake::windows()));
         let ports = plug_root_ports(&board, PciIntx::Gsi16To23, slots).unwrap();
         let ram = GuestRam::new(1 << 20).unwrap();
         let slots = Slots::new(&board, &ram, "m", 1, ports).unwrap();
         board.assign_pci();
         let keeper = Some(SlotKeeper(slots.clone()).spawn().unwrap());
-        let file = || {
-            let file = tempfile::NamedTempFile::new().unwrap();
-            file.as_file().set_len(1 << 20).unwrap();
-            file
-        };
-        Self { board, slots, keeper, files: [file(), file()] }
+        Self { board, slots, keeper, files: [fake::image(), fake::image()] }
     }
 
     /// Attaches the disk of a file.
