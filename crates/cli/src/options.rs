@@ -204,7 +204,8 @@ pub struct RunOptions {
     /// Empty slots for devices that are attached while the machine runs, 0 to 8.
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub slots: u8,
-    /// Force a tier of the translator: 0 interprets, 1 translates.
+    /// Force a tier of the translator: 0 interprets, 1 translates whatever it can, even code that is written again and
+    /// again.
     #[arg(long)]
     pub tier: Option<u8>,
     /// Run both tiers of the translator in lock-step and stop at the first difference.

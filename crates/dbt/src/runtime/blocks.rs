@@ -13,6 +13,7 @@ use iced_x86::{Encoder, InstructionInfoFactory};
 use super::{
     marks::Marks,
     profile::Profile,
+    rewritten::Rewritten,
     templates::{Place, Templates, is_movable},
 };
 use crate::{
@@ -180,6 +181,7 @@ pub struct Blocks {
     by_page: Map<u64, Vec<u32>>,
     links: Vec<Link>,
     templates: Templates,
+    rewritten: Rewritten,
     /// Room for code that is being copied.
     copied: Vec<u8>,
     counts: Counts,
@@ -227,6 +229,7 @@ impl Blocks {
             by_page: Map::default(),
             links: Vec::new(),
             templates: Templates::default(),
+            rewritten: Rewritten::default(),
             copied: Vec::new(),
             counts: Counts::default(),
             audited: false,
@@ -286,6 +289,11 @@ impl Blocks {
     pub fn find(&mut self, va: u64, page: u64, mode: CodeMode) -> Option<u32> {
         self.counts.lookups += 1;
         self.existing(Key { va, page, mode: mode.bits() })
+    }
+
+    /// Whether the code at `va`, which has no block, is to be interpreted this time, since it is written again and again.
+    pub fn interprets(&mut self, va: u64, page: u64, mode: CodeMode) -> bool {
+        self.rewritten.interprets(Place { host: page | va & 0xfff, mode: mode.bits() })
     }
 
     fn existing(&self, key: Key) -> Option<u32> {
@@ -471,6 +479,7 @@ impl Blocks {
             block.alive = false;
             // What was copied of it, or it of, depends on the same bytes.
             self.templates.remove(block.place());
+            self.rewritten.dropped(block.place(), bytes.len());
             if let Ok(entry) = self.by_key.find_entry(block.key().hash(), |&other| other == id) {
                 entry.remove();
             }

@@ -29,7 +29,8 @@ use crate::{
 /// Choices of the engine.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct DbtOptions {
-    /// Only tier 0 (`Some(0)`), or the translator wherever it can (`Some(1)`, `None`).
+    /// Only tier 0 (`Some(0)`), the translator wherever it can (`Some(1)`), or the translator but for code that is
+    /// written again and again (`None`).
     pub tier: Option<u8>,
     /// Executes each instruction in both tiers and stops at the first difference.
     pub check: bool,
@@ -38,6 +39,13 @@ pub struct DbtOptions {
     pub audit: bool,
     /// When user code is executed directly: never where only tier 0 executes, or both do.
     pub direct: DirectMode,
+}
+
+impl DbtOptions {
+    /// Whether code that is written again and again may be left to tier 0.
+    pub(super) fn interprets_patches(&self) -> bool {
+        self.tier.is_none() && !self.check
+    }
 }
 
 /// Runs guest CPUs by dynamic binary translation.

@@ -15,6 +15,7 @@ mod marks;
 mod mode;
 mod packed;
 pub mod profile;
+mod rewritten;
 #[cfg(test)]
 mod system_tests;
 mod templates;

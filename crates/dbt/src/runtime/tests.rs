@@ -235,7 +235,7 @@ fn an_unaligned_movaps_is_the_guests_fault() {
 
 #[test]
 fn code_that_rewrites_itself_is_noticed() {
-    let (vcpu, _) = run(|a| {
+    let program = assemble(|a| {
         let (mut again, mut patch) = (a.create_label(), a.create_label());
         a.xor(eax, eax).unwrap();
         a.mov(ecx, 100).unwrap();
@@ -248,7 +248,17 @@ fn code_that_rewrites_itself_is_noticed() {
         a.dec(ecx).unwrap();
         a.jne(again).unwrap();
     });
-    assert_eq!(result(&vcpu), 5050);
+    // After some times it is no longer translated each time.
+    for (tier, translations) in [(Some(1), 100..=300), (None, 1..=50)] {
+        let mut machine = Machine::long();
+        machine.load(&program);
+        let options = DbtOptions { tier, ..DbtOptions::default() };
+        let mut vcpu = DbtVcpu::new(machine.cpu, options).unwrap();
+        assert_eq!(vcpu.run_until_fault(&NullBus), Exception::UD);
+        assert_eq!(result(&vcpu), 5050);
+        let made = vcpu.counters().get("blocks.made");
+        assert!(translations.contains(&made), "{made} in tier {tier:?}");
+    }
 }
 
 #[test]

@@ -309,7 +309,7 @@ impl DbtVcpu {
         self.after_exit()
     }
 
-    /// The block at RIP, translated if it is not there yet. `None`: tier 0 has to execute here.
+    /// The block at RIP, translated if it is not there yet. `None`: tier 0 has to execute here, or should.
     pub(super) fn find(&mut self, mode: CodeMode) -> Result<Option<u32>, Exception> {
         let va = self.cpu.rip;
         if !is_canonical(va) {
@@ -319,6 +319,9 @@ impl DbtVcpu {
         let page = host as u64 & !0xfff;
         if let Some(block) = self.blocks.find(va, page, mode) {
             return Ok(self.second_page_holds(block, va)?.then_some(block));
+        }
+        if self.options.interprets_patches() && self.blocks.interprets(va, page, mode) {
+            return Ok(None);
         }
         let started = Instant::now();
         let block = match self.blocks.copy(va, page, mode) {
