@@ -23,7 +23,7 @@ pub struct HaltPoll {
 impl HaltPoll {
     const FIRST: Duration = Duration::from_micros(10);
     /// A wait that takes longer is not worth it.
-    const MOST: Duration = Duration::from_micros(100);
+    const MOST: Duration = Duration::from_micros(200);
 
     /// Waits by `sleep`, which returns at once when `ready` says yes.
     pub fn wait<R>(&mut self, ready: impl Fn() -> bool, sleep: impl FnOnce() -> R) -> R {
