@@ -139,9 +139,6 @@ impl Bench {
         let cut = usize::from(byte(u)).min(frame.len());
         let (one, other) = frame.split_at_mut(cut);
         self.port.sender.send(&[Slice::from(one), Slice::from(other)]);
-        if one_in(u, 2) {
-            self.port.sender.flush();
-        }
     }
 
     /// Takes frames, which have to be such that a driver takes them.

@@ -102,6 +102,9 @@ impl Default for Lane {
 
 /// One at a time, but those that have to wait for the storage together.
 fn run_calls(disk: &dyn Disk, transfers: &mut [Transfer]) {
+    if let [transfer] = transfers {
+        return transfer.run(disk);
+    }
     let mut slow = Vec::new();
     for transfer in transfers {
         let cached = transfer.way == Way::Read

@@ -68,6 +68,11 @@ pub trait Network: Send + Sync {
     fn set_offloads(&self, offloads: Offloads);
     /// The driver uses so many pairs of queues.
     fn set_pairs(&self, _pairs: u16) {}
+    /// Whether frames from the guest set off frames to it in this process. One thread serves both queues of a pair then, and
+    /// asks for frames after it has sent some.
+    fn answers(&self) -> bool {
+        false
+    }
     /// Whether it leads anywhere. Once it does not it never will again.
     fn is_connected(&self) -> bool {
         true
@@ -78,8 +83,6 @@ pub trait Network: Send + Sync {
 pub trait Sender: Send {
     /// Sends a frame, header and all. What cannot be sent is dropped, as on every network.
     fn send(&mut self, frame: &[Slice]);
-    /// No frame follows for now.
-    fn flush(&mut self) {}
 }
 
 /// What came of asking for a frame.
@@ -101,7 +104,8 @@ pub trait Receiver: Send {
     fn receive(&mut self, take: &mut dyn FnMut(&[&[u8]]) -> bool) -> Received;
 }
 
-/// What serves a pair of queues.
+/// What serves a pair of queues. Where the network [answers](Network::answers), what frames have set off does not make the
+/// receiver's source readable.
 pub struct Port {
     /// For the transmit queue.
     pub sender: Box<dyn Sender>,

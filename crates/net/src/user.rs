@@ -94,6 +94,10 @@ impl Network for User {
     fn set_offloads(&self, offloads: Offloads) {
         self.stack().set_offloads(offloads);
     }
+
+    fn answers(&self) -> bool {
+        true
+    }
 }
 
 struct UserSender(Arc<User>);
@@ -101,10 +105,6 @@ struct UserSender(Arc<User>);
 impl Sender for UserSender {
     fn send(&mut self, frame: &[Slice]) {
         self.0.stack().input(frame);
-    }
-
-    fn flush(&mut self) {
-        self.0.stack().flush();
     }
 }
 

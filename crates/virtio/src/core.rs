@@ -134,6 +134,11 @@ impl Core {
         std::mem::take(&mut self.notices)
     }
 
+    /// Which thread serves queue `index` ([`Device::thread`]).
+    pub fn thread(&self, index: u16) -> u16 {
+        self.device.thread(index)
+    }
+
     /// The features that are offered.
     pub fn features(&self) -> u64 {
         self.device.features()

@@ -31,6 +31,10 @@ pub trait Device: Send {
     fn config(&self) -> Vec<u8>;
     /// The driver writes to the configuration space. Most types have nothing there that it could write.
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
+    /// Which of the device's threads serves queue `index`: usually each queue has one of its own.
+    fn thread(&self, index: u16) -> u16 {
+        index
+    }
 }
 
 /// The other side: serves one queue.

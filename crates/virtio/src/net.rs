@@ -216,6 +216,12 @@ impl Device for Net {
         queues
     }
 
+    /// One for each pair, where what frames from the guest set off goes to the guest at once. Else sending to the host and
+    /// receiving from it go on side by side.
+    fn thread(&self, index: u16) -> u16 {
+        if self.shared.network.answers() { index / 2 } else { index }
+    }
+
     /// The configuration (5.1.4): address, status, pairs of queues, largest packet.
     fn config(&self) -> Vec<u8> {
         const LINK_UP: u16 = 1;

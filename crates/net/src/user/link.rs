@@ -72,11 +72,6 @@ impl Link {
         self.frames.pop_front();
     }
 
-    /// Whether there is anything for the guest.
-    pub(super) fn has_work(&self) -> bool {
-        !self.frames.is_empty() || !self.ready.is_empty()
-    }
-
     /// A number that nobody can guess.
     pub(super) fn random(&self) -> u32 {
         let mut bytes = [0; 4];

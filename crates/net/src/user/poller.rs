@@ -1,4 +1,4 @@
-//! What the stack waits for: sockets, time, and a word from the sender's side.
+//! What the stack waits for: sockets and time.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -7,7 +7,6 @@ use std::time::Instant;
 use ruse_timer::OneShot;
 use rustix::buffer::spare_capacity;
 use rustix::event::epoll::{self, Event, EventData, EventFlags};
-use rustix::event::{EventfdFlags, eventfd};
 use rustix::time::Timespec;
 
 use super::slab::Id;
@@ -18,7 +17,6 @@ const EVENTS: usize = 64;
 /// Who an event is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Token {
-    Wake,
     Timer,
     Tcp(Id),
     Udp(Id),
@@ -30,12 +28,11 @@ pub(super) enum Token {
 impl Token {
     fn bits(self) -> u64 {
         let (kind, rest) = match self {
-            Self::Wake => (0, 0),
-            Self::Timer => (1, 0),
-            Self::Tcp(id) => (2, id.bits()),
-            Self::Udp(id) => (3, id.bits()),
-            Self::Echo(id) => (4, id.bits()),
-            Self::Listener(number) => (5, number.into()),
+            Self::Timer => (0, 0),
+            Self::Tcp(id) => (1, id.bits()),
+            Self::Udp(id) => (2, id.bits()),
+            Self::Echo(id) => (3, id.bits()),
+            Self::Listener(number) => (4, number.into()),
         };
         kind << 56 | rest
     }
@@ -43,11 +40,10 @@ impl Token {
     fn from_bits(bits: u64) -> Self {
         let id = Id::from_bits(bits & ((1 << 56) - 1));
         match bits >> 56 {
-            0 => Self::Wake,
-            1 => Self::Timer,
-            2 => Self::Tcp(id),
-            3 => Self::Udp(id),
-            4 => Self::Echo(id),
+            0 => Self::Timer,
+            1 => Self::Tcp(id),
+            2 => Self::Udp(id),
+            3 => Self::Echo(id),
             _ => Self::Listener(bits as u32),
         }
     }
@@ -63,7 +59,6 @@ pub(super) struct Happened {
 
 pub(super) struct Poller {
     epoll: OwnedFd,
-    wake: OwnedFd,
     timer: OneShot,
     /// What the timer is set to.
     armed: Option<Instant>,
@@ -72,12 +67,9 @@ pub(super) struct Poller {
 impl Poller {
     pub(super) fn new() -> io::Result<Self> {
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
-        let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         let timer = OneShot::new()?;
-        for (fd, token) in [(wake.as_fd(), Token::Wake), (timer.as_fd(), Token::Timer)] {
-            epoll::add(&epoll, fd, EventData::new_u64(token.bits()), EventFlags::IN)?;
-        }
-        Ok(Self { epoll, wake, timer, armed: None })
+        epoll::add(&epoll, &timer, EventData::new_u64(Token::Timer.bits()), EventFlags::IN)?;
+        Ok(Self { epoll, timer, armed: None })
     }
 
     /// Readable when anything has happened.
@@ -103,12 +95,6 @@ impl Poller {
         }
     }
 
-    /// Makes [`Poller::fd`] readable.
-    pub(super) fn wake(&self) {
-        // It can only fail because it was told very often already.
-        let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
-    }
-
     /// Makes [`Poller::fd`] readable at a time, or at an earlier one that was asked for.
     pub(super) fn arm(&mut self, at: Instant) {
         if self.armed.is_some_and(|armed| armed <= at) {
@@ -130,16 +116,9 @@ impl Poller {
         let mut all = Vec::with_capacity(events.len());
         for event in &events {
             let token = Token::from_bits(event.data.u64());
-            match token {
-                Token::Wake => {
-                    // If it cannot be read it was cleared already.
-                    let _ = rustix::io::read(&self.wake, &mut [0; 8]);
-                }
-                Token::Timer => {
-                    self.armed = None;
-                    self.timer.take();
-                }
-                _ => {}
+            if token == Token::Timer {
+                self.armed = None;
+                self.timer.take();
             }
             let flags = event.flags;
             let failed = flags.intersects(EventFlags::ERR | EventFlags::HUP);

@@ -6,6 +6,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+use super::tcp::set_options;
 use super::udp::UdpListener;
 
 /// A port of the host that leads to one of the guest.
@@ -89,6 +90,7 @@ impl Listeners {
         } else {
             let socket = TcpListener::bind(host)?;
             socket.set_nonblocking(true)?;
+            set_options(&socket)?;
             self.tcp.push((socket, guest));
         }
         Ok(())

@@ -62,9 +62,9 @@ pub(super) struct Stack {
     /// The frame that is looked at, where it has to be whole.
     frame: Vec<u8>,
     announce: Option<Instant>,
-    /// The receiver waits for an event.
-    idle: bool,
     since_look: u32,
+    /// It was looked since the receiver had all there was.
+    looked: bool,
 }
 
 impl Stack {
@@ -98,8 +98,8 @@ impl Stack {
             retry: None,
             frame: Vec::new(),
             announce: None,
-            idle: false,
             since_look: 0,
+            looked: false,
         })
     }
 
@@ -208,17 +208,8 @@ impl Stack {
         self.link.poller.arm(Instant::now() + Duration::from_secs(5));
     }
 
-    /// Wakes the receiver if it sleeps and has something to do.
-    pub(super) fn flush(&mut self) {
-        if self.idle && self.link.has_work() {
-            self.idle = false;
-            self.link.poller.wake();
-        }
-    }
-
     /// Gives the next frame for the guest to `take`.
     pub(super) fn output(&mut self, take: &mut dyn FnMut(&[&[u8]]) -> bool) -> Received {
-        self.idle = false;
         self.since_look += 1;
         if self.since_look >= LOOK_AFTER {
             self.look();
@@ -232,10 +223,11 @@ impl Stack {
                 return Received::Taken;
             }
             let Some(ready) = self.link.ready.pop_front() else {
-                if self.look() {
+                // Once is enough: of what happens from now on, the source tells.
+                self.looked = !self.looked && self.look();
+                if self.looked {
                     continue;
                 }
-                self.idle = true;
                 return Received::Nothing;
             };
             match ready {
@@ -263,7 +255,6 @@ impl Stack {
         let all = self.link.poller.poll();
         for &Happened { token, readable, writable } in &all {
             match token {
-                Token::Wake => {}
                 Token::Timer => self.pass(Instant::now()),
                 Token::Tcp(id) => self.tcp.event(&mut self.link, id, readable, writable),
                 Token::Udp(id) => self.udp.event(&mut self.link, id),

@@ -10,7 +10,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::time::Instant;
 
 use rustix::io::Errno;
-use rustix::net::{AddressFamily, SocketFlags, SocketType, connect, socket_with, sockopt};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, acceptfrom_with, connect, socket_with, sockopt};
 
 use super::addresses::OWN_MAC;
 use super::hosts::Hosts;
@@ -28,8 +28,6 @@ use segment::{ACK, RST, SYN, Segment};
 
 /// Most connections. Each has buffers of up to half a MiB.
 const MOST: usize = 4096;
-/// Most connections that are accepted at once.
-const ACCEPTED: usize = 32;
 /// The longest header that is looked at, of IP and TCP with all options.
 pub(super) const HEAD: usize = 14 + 60 + 60;
 
@@ -75,6 +73,9 @@ impl Tcp {
         match self.by_flow.get(&flow).copied() {
             Some(id) => {
                 let most = link.mss(flow.guest);
+                if self.connections.get_mut(id).is_some_and(|connection| connection.is_confused(&segment)) {
+                    refuse(link, flow, packet.mac, &segment, vectors::total(&payload));
+                }
                 self.with(link, id, |connection| connection.guest_segment(&segment, &payload, most));
             }
             None if segment.flags & (SYN | ACK | RST) == SYN => {
@@ -124,7 +125,7 @@ impl Tcp {
         Some(id)
     }
 
-    /// Takes connections to a published port on, to `port` of the guest. An error is one of the host's, which has no files
+    /// Takes a connection to a published port on, to `port` of the guest. An error is one of the host's, which has no files
     /// for more connections, perhaps.
     pub(super) fn accept(
         &mut self,
@@ -133,23 +134,20 @@ impl Tcp {
         hosts: &Hosts,
         port: u16,
     ) -> io::Result<()> {
-        for _ in 0..ACCEPTED {
-            let (socket, from) = match listener.accept() {
-                Ok(accepted) => accepted,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
-                // It has gone before it was taken on.
-                Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => continue,
-                Err(error) => return Err(error),
-            };
-            let (guest, mac) = hosts.guest();
-            let guest = SocketAddr::new(guest.into(), port);
-            let flow = Flow::to_guest(guest, from, |flow| !self.by_flow.contains_key(flow));
-            let ready = socket.set_nonblocking(true).and_then(|()| Ok(set_options(&socket)?));
-            if let (Some(flow), Ok(()), true) = (flow, ready, self.connections.len() < MOST) {
-                let start = link.random();
-                if let Some(id) = self.add(link, Connection::to_guest(flow, mac, socket.into(), start)) {
-                    self.with(link, id, |_| Fate::Alive);
-                }
+        let (socket, from) = match acceptfrom_with(listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
+            Ok((socket, Some(from))) => (socket, from),
+            // It has gone before it was taken on.
+            Ok((_, None)) | Err(Errno::AGAIN | Errno::CONNABORTED) => return Ok(()),
+            Err(error) => return Err(error.into()),
+        };
+        let (guest, mac) = hosts.guest();
+        let guest = SocketAddr::new(guest.into(), port);
+        let from = SocketAddr::try_from(from)?;
+        let flow = Flow::to_guest(guest, from, |flow| !self.by_flow.contains_key(flow));
+        if let (Some(flow), true) = (flow, self.connections.len() < MOST) {
+            let start = link.random();
+            if let Some(id) = self.add(link, Connection::to_guest(flow, mac, socket, start)) {
+                self.with(link, id, |_| Fate::Alive);
             }
         }
         Ok(())
@@ -314,8 +312,9 @@ fn start_connecting(to: SocketAddr) -> Result<OwnedFd, Errno> {
     }
 }
 
-/// The guest's own TCP says when small segments go out; peers that are gone are noticed by the host's.
-fn set_options(socket: impl AsFd) -> Result<(), Errno> {
+/// The guest's own TCP says when small segments go out; peers that are gone are noticed by the host's. What a listening
+/// socket accepts has its options.
+pub(super) fn set_options(socket: impl AsFd) -> Result<(), Errno> {
     sockopt::set_tcp_nodelay(&socket, true)?;
     sockopt::set_socket_keepalive(&socket, true)
 }

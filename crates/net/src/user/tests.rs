@@ -44,7 +44,6 @@ impl Guest {
 
     fn send(&mut self, mut frame: Vec<u8>) {
         self.port.sender.send(&[Slice::from(&mut frame[..])]);
-        self.port.sender.flush();
     }
 
     fn packet(&mut self, to: Ipv4Addr, number: u8, payload: &[u8], checksum_at: usize) {
@@ -404,6 +403,26 @@ fn published_ports_lead_to_the_guest() {
     let mut buffer = [0; 100];
     let (len, from) = peer.recv_from(&mut buffer).unwrap();
     assert_eq!((&buffer[..len], from), (&b"pong"[..], udp.host));
+}
+
+#[test]
+fn a_guest_that_remembers_a_connection_of_the_same_ends_is_told_that_it_is_over() {
+    let tcp = publish(false);
+    let config = UserConfig { publish: vec![tcp.clone()], ..UserConfig::default() };
+    let mut guest = Guest::new(config, Offloads::empty());
+    let mut peer = TcpStream::connect(tcp.host).unwrap();
+    let call = guest.wait_segment(|segment| segment.flags == SYN);
+    let ports = [22, peer.local_addr().unwrap().port()];
+    // What a socket in TIME-WAIT answers.
+    guest.segment(ports, 900, 777, ACK, &[]);
+    let reset = guest.wait_segment(|segment| segment.flags & RST != 0);
+    assert_eq!(reset.seq, 777);
+    let again = guest.wait_segment(|_| true);
+    assert_eq!((again.flags, again.seq), (SYN, call.seq));
+    guest.segment(ports, 5000, call.seq.wrapping_add(1), SYN | ACK, &[]);
+    let answer = guest.wait_segment(|segment| segment.flags == ACK);
+    guest.segment(ports, 5001, answer.seq, ACK, b"x");
+    assert_eq!(peer.read(&mut [0; 2]).unwrap(), 1);
 }
 
 /// A free port of this host, as one that is published.

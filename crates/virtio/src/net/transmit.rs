@@ -30,14 +30,12 @@ impl Handler for TransmitHandler {
     fn serve(&mut self, work: &mut Work, dma: &Dma) -> Result<Served, RingError> {
         self.shared.look_at(work);
         let (sender, up) = (&mut self.sender, self.shared.is_up());
-        let served = serve(&mut work.queue, dma, |chain| {
+        serve(&mut work.queue, dma, |chain| {
             let len = chain.readable_len();
             if up && (LEAST..=MOST).contains(&len) {
                 sender.send(&plain(&chain.readable_slices(dma, 0, len)?));
             }
             Ok(0)
-        });
-        self.sender.flush();
-        served
+        })
     }
 }

@@ -1,5 +1,6 @@
 //! A driver at the registers of a machine without PCI, down to the file of a disk and up to the interrupt.
 
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use ruse_devices::pci::PciAddress;
@@ -10,6 +11,7 @@ use ruse_virtio::{Buffer, Dma, features};
 use super::*;
 use crate::fake;
 use crate::mmio_slots;
+use crate::report::Outcome;
 
 /// The first disk's registers, and its pin of the I/O APIC.
 const DISK: u64 = 0xfeb0_8000;

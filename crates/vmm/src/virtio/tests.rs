@@ -1,16 +1,19 @@
 //! A driver's accesses at the board, down to the file of a disk.
 
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use ruse_devices::pci::ECAM_BASE;
 use ruse_engine::{Bus, DoorbellTable, IoAddress};
+use ruse_virtio::ring::RingError;
 use ruse_virtio::ring::driver::Driver;
-use ruse_virtio::{Buffer, Dma, features};
+use ruse_virtio::{Buffer, Dma, Served, Work, features};
 
 use super::*;
 use crate::config::DiskConfig;
 use crate::fake;
 use crate::lifecycle::Phase;
+use crate::report::Outcome;
 
 const BAR: u64 = 0xc000_0000;
 const HEADER: u64 = 0x4_0000;
@@ -61,7 +64,7 @@ impl Bench {
         let (mut disks, servers) = AttachedDisk::plug_all(&board, &ram, |_| 16, 1, disks).unwrap();
         board.assign_pci();
         let function = servers[0].function.clone();
-        let serve = |server: Server| Server { handler: change(server.handler), ..server }.spawn().unwrap();
+        let serve = |server: Server| server.with_handlers(&change).spawn().unwrap();
         let threads = servers.into_iter().map(serve).collect();
         let (driver, disk) = (Driver::new(0x1_0000, 8, 0), disks.remove(0));
         let bench = Self { board, ram, file, driver, doorbells, function, disk, threads };

@@ -253,6 +253,17 @@ impl Connection {
         }
     }
 
+    /// Whether the guest takes our call for a part of a connection of the same ends that it still remembers. That is to be
+    /// refused (RFC 9293, 3.10.7.3), after which we call again.
+    pub(super) fn is_confused(&mut self, segment: &Segment) -> bool {
+        let answers = segment.has(ACK) && !segment.has(RST);
+        let confused = self.phase == Phase::Calling && answers && segment.ack != self.furthest;
+        if confused {
+            self.next = self.first;
+        }
+        confused
+    }
+
     /// Resets that do not fit may be anybody's (RFC 5961, 3.2).
     fn guest_reset(&mut self, segment: &Segment) -> Fate {
         let fits = match self.phase {
