@@ -38,7 +38,7 @@ const DISK: usize = 64 << 10;
 const PLUGGABLE: (u64, u64) = (HIGH_RAM_START, 70 * BLOCK_SIZE);
 const PMEM: (u64, u64) = (HIGH_RAM_START << 1, BLOCK_SIZE);
 /// Where rings, headers and data are.
-const RINGS: [u64; 4] = [0x1_0000, 0x2_0000, 0x3_0000, 0x4_0000];
+const RINGS: [u64; 5] = [0x1_0000, 0x2_0000, 0x3_0000, 0x4_0000, 0x5_0000];
 const HEADERS: u64 = 0x6_0000;
 /// Windows of the bus.
 const MEMORY: u64 = 0xc000_0000;
@@ -489,9 +489,9 @@ impl Bench {
     fn damage(&mut self, u: &mut Unstructured) {
         let at = match byte(u) % 4 {
             0 => HEADERS + u64::from(byte(u)) * 64,
-            1 => RINGS[usize::from(byte(u)) % 4] + 0xc000 + u64::from(byte(u)) * 2,
-            2 => RINGS[usize::from(byte(u)) % 4] + 0x4000 + number(u) % 0x1100,
-            _ => RINGS[usize::from(byte(u)) % 4] + number(u) % 0x1100,
+            1 => RINGS[usize::from(byte(u)) % RINGS.len()] + 0xc000 + u64::from(byte(u)) * 2,
+            2 => RINGS[usize::from(byte(u)) % RINGS.len()] + 0x4000 + number(u) % 0x1100,
+            _ => RINGS[usize::from(byte(u)) % RINGS.len()] + number(u) % 0x1100,
         };
         let value = number(u).to_le_bytes();
         let width = pick(u, &[1, 2, 4, 8]);

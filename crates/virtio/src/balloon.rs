@@ -32,7 +32,8 @@ const MOST: u64 = 64 << 10;
 /// Where the driver writes how large the balloon is.
 const ACTUAL: u64 = 4;
 
-/// Feature bits (5.5.3). Hints of free pages are of use only to a machine that moves while it runs.
+/// Feature bits (5.5.3). Hints of free pages (bit 3) are not offered: a driver may use a page again before the device has seen
+/// the hint (5.5.6.5.1), and then it must not lose its content. Reports tell of the same pages, and hold them until the answer.
 mod feature {
     pub const STATISTICS: u64 = 1 << 1;
     pub const DEFLATE_ON_OOM: u64 = 1 << 2;
@@ -85,7 +86,9 @@ impl Balloon {
         let (statistics, handler) = stats::pair()?;
         let control = BalloonControl { sizes: Arc::default(), statistics };
         control.set_target(bytes);
-        Ok((Self { control }, vec![Box::new(Inflate), Box::new(Deflate), handler, Box::new(Report)]))
+        let handlers: Vec<Box<dyn Handler>> =
+            vec![Box::new(Inflate), Box::new(Deflate), handler, Box::new(Report), Box::new(Report)];
+        Ok((Self { control }, handlers))
     }
 
     /// What reaches it.
@@ -103,10 +106,10 @@ impl Device for Balloon {
         features::COMMON | feature::STATISTICS | feature::DEFLATE_ON_OOM | feature::REPORTING
     }
 
-    /// Drivers count those queues only that they have the features of. One that takes reports without statistics has them
-    /// in the place of statistics, where they are refused.
+    /// Reports are in queue 4 (5.5.2). Drivers, Linux's for one, may count those queues only that they have the features of:
+    /// theirs are in queue 3, without hints, or 2, without statistics.
     fn queues(&self) -> Vec<u16> {
-        vec![ENTRIES; 4]
+        vec![ENTRIES; 5]
     }
 
     fn config(&self) -> Vec<u8> {
@@ -179,7 +182,7 @@ impl Handler for Deflate {
     }
 }
 
-/// Serves the queue of pages that the guest does not use just now: it takes none of them before the answer.
+/// Serves a queue of pages that the guest does not use just now: it takes none of them before the answer (5.5.6.7).
 struct Report;
 
 impl Handler for Report {

@@ -14,6 +14,8 @@ use crate::device::{BATCH, Handler, Served};
 use crate::dma::Dma;
 use crate::ring::RingError;
 
+use super::{Report, feature};
+
 /// Bytes of one value: a tag and a number.
 const VALUE: usize = 10;
 /// Most values of a buffer that are looked at.
@@ -86,7 +88,7 @@ impl StatisticsSource {
     }
 }
 
-/// Serves the queue of statistics.
+/// Serves the queue of statistics, or of reports if the driver has taken no statistics ([`super::Balloon`]'s queues).
 struct Handle {
     source: StatisticsSource,
     /// The driver's buffer, and after how many resets it came.
@@ -102,6 +104,9 @@ pub(super) fn pair() -> io::Result<(StatisticsSource, Box<dyn Handler>)> {
 
 impl Handler for Handle {
     fn serve(&mut self, work: &mut Work, dma: &Dma) -> Result<Served, RingError> {
+        if work.features & feature::STATISTICS == 0 {
+            return Report.serve(work, dma);
+        }
         let _ = rustix::io::read(&*self.source.wake, &mut [0; 8]);
         let (queue, mut more) = (&mut work.queue, true);
         self.held = self.held.take().filter(|(_, resets)| *resets == work.resets);

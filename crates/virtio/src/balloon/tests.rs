@@ -27,7 +27,7 @@ impl Bench {
         let queue = Queue::new(driver.layout, 0).unwrap();
         let (balloon, handlers) = Balloon::new(3 << 20).unwrap();
         let control = balloon.control();
-        let work = Work { index: 0, features: 0, resets: 0, queue };
+        let work = Work { index: 0, features: feature::STATISTICS, resets: 0, queue };
         let bench = Self { ram: GuestRam::new(RAM).unwrap(), driver, work, handlers, balloon, control };
         Dma::new(&bench.ram).write(1 << 20, &vec![7; 2 << 20]).unwrap();
         bench
@@ -84,6 +84,20 @@ fn pages_that_are_not_used_are_given_back_in_whole() {
     bench.send(3, &parts).unwrap();
     let expected: Vec<_> = (4..512).filter(|page| *page != 9).collect();
     assert_eq!(bench.left(), expected);
+}
+
+#[test]
+fn pages_that_are_not_used_may_come_where_a_driver_counts_its_queues_to() {
+    for (features, queue) in [(0, 2), (feature::STATISTICS, 3), (feature::STATISTICS, 4), (0, 4)] {
+        let mut bench = Bench::new();
+        bench.work.features = features | feature::REPORTING;
+        bench.send(queue, &[(Buffer { at: 1 << 20, len: 2 << 20 }, true)]).unwrap();
+        assert!(bench.left().is_empty(), "queue {queue}");
+        assert!(bench.driver.take(&Dma::new(&bench.ram)).is_some(), "queue {queue}");
+    }
+    let mut bench = Bench::new();
+    bench.send(2, &[(Buffer { at: 1 << 20, len: 2 << 20 }, true)]).unwrap();
+    assert_eq!(bench.left().len(), 512, "statistics are no pages");
 }
 
 #[test]
