@@ -1,6 +1,7 @@
 //! Commands about machines that run: ps, info, stop, pause, resume, reset, memory, balloon.
 
 use std::fmt::Write as _;
+use std::thread;
 use std::time::Duration;
 
 use clap::Args;
@@ -11,7 +12,7 @@ use ruse_vmm::{Phase, ResizeMemoryError};
 use serde::Serialize;
 
 use crate::failure::{Failure, complain};
-use crate::monitor;
+use crate::monitor::{self, BALLOON_PATIENCE};
 use crate::output::{age, print, print_json, table};
 
 /// Options of `ruse ps`.
@@ -135,7 +136,7 @@ fn describe(info: &Info) -> String {
     if let Some(memory) = info.pluggable {
         let _ = write!(text, "memory: {}", monitor::memory(memory));
     }
-    if let Some(balloon) = info.balloon {
+    if let Some(balloon) = &info.balloon {
         let _ = write!(text, "balloon: {}", monitor::balloon_sizes(balloon));
     }
     for disk in &info.disks {
@@ -180,12 +181,17 @@ pub fn memory(options: &ResizeOptions) -> Result<u8, Failure> {
 /// Asks a machine for a balloon of another size, or says what it has.
 pub fn balloon(options: &ResizeOptions) -> Result<u8, Failure> {
     let mut client = connect(&options.name)?;
-    match (options.size, client.info()?.balloon) {
-        (Some(size), _) => client.request(Request::Balloon { size })?,
-        (None, Some(balloon)) => return print(&monitor::balloon_sizes(balloon)),
-        (None, None) => return Err(Failure::input("it was started without --balloon")),
+    if let Some(size) = options.size {
+        client.request(Request::Balloon { size })?;
+        return Ok(0);
     }
-    Ok(0)
+    // An answer has what the guest told before, and asks it to tell more.
+    client.info()?;
+    thread::sleep(BALLOON_PATIENCE);
+    match client.info()?.balloon {
+        Some(balloon) => print(&monitor::balloon(&balloon)),
+        None => Err(Failure::input("it was started without --balloon")),
+    }
 }
 
 /// Connects to a machine.

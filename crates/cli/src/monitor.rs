@@ -1,11 +1,10 @@
 //! The monitor prompt: a line editor and a few commands.
 
 use std::fmt::Write;
+use std::time::Duration;
 
 use ruse_vmm::config::{format_size, parse_size};
-use ruse_vmm::{
-    BalloonInfo, BalloonSizes, Control, DiskInfo, MachineInfo, MemoryInfo, Phase, ResizeMemoryError,
-};
+use ruse_vmm::{BalloonInfo, Control, DiskInfo, MachineInfo, MemoryInfo, Phase, ResizeMemoryError};
 
 /// The prompt.
 pub const PROMPT: &str = "(ruse) ";
@@ -29,6 +28,8 @@ help      this list
 An empty line or Ctrl-A c goes back to the guest.
 ";
 
+/// How long a guest has to tell of its memory.
+pub const BALLOON_PATIENCE: Duration = Duration::from_millis(200);
 /// What there is to say without `--balloon`.
 const NO_BALLOON: &str = "it has none (--balloon SIZE)\n";
 
@@ -84,7 +85,7 @@ pub fn command(line: &str, control: &Control) -> Answer {
         "info" | "i" => describe(&control.info()),
         "stats" => counters(&control.info()),
         "disks" => disks(control),
-        "balloon" => balloon(control.balloon()),
+        "balloon" => control.balloon(BALLOON_PATIENCE).map_or(NO_BALLOON.into(), |info| balloon(&info)),
         line if line.starts_with("balloon ") => resize_balloon(line["balloon ".len()..].trim(), control),
         "memory" => control.memory().map_or(format!("{}\n", ResizeMemoryError::Fixed), memory),
         line if line.starts_with("memory ") => resize_memory(line["memory ".len()..].trim(), control),
@@ -156,8 +157,8 @@ fn disks(control: &Control) -> String {
 }
 
 /// The sizes of a machine's balloon for people.
-pub fn balloon_sizes(sizes: BalloonSizes) -> String {
-    format!("{} of {} asked for\n", format_size(sizes.actual), format_size(sizes.target))
+pub fn balloon_sizes(info: &BalloonInfo) -> String {
+    format!("{} of {} asked for\n", format_size(info.actual), format_size(info.target))
 }
 
 /// The RAM of a machine for people that can have more or less.
@@ -175,10 +176,9 @@ fn resize_memory(size: &str, control: &Control) -> String {
 }
 
 /// A machine's balloon for people.
-fn balloon(info: Option<BalloonInfo>) -> String {
-    let Some(info) = info else { return NO_BALLOON.into() };
-    let mut text = balloon_sizes(info.sizes);
-    for (name, value) in info.statistics {
+pub fn balloon(info: &BalloonInfo) -> String {
+    let mut text = balloon_sizes(info);
+    for (name, &value) in &info.statistics {
         let value = if name.ends_with("memory") { format_size(value) } else { value.to_string() };
         let _ = writeln!(text, "  {name}: {value}");
     }

@@ -1,6 +1,6 @@
 //! What is said at a machine's control socket: a line of JSON for each request, and one for its answer.
 
-use ruse_vmm::{BalloonSizes, DiskInfo, MachineConfig, MachineInfo, MemoryInfo, NetInfo};
+use ruse_vmm::{BalloonInfo, DiskInfo, MachineConfig, MachineInfo, MemoryInfo, NetInfo};
 use serde::{Deserialize, Serialize};
 
 /// The version of the protocol. It grows when a program that knows the one before would misunderstand.
@@ -146,8 +146,8 @@ pub struct Info {
     pub machine: MachineInfo,
     /// Its RAM, if it can have more or less.
     pub pluggable: Option<MemoryInfo>,
-    /// Its balloon.
-    pub balloon: Option<BalloonSizes>,
+    /// Its balloon. Each answer asks the guest for its statistics, which the next one has.
+    pub balloon: Option<BalloonInfo>,
     /// Its disks.
     pub disks: Vec<DiskInfo>,
     /// Its network devices.

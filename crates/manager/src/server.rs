@@ -105,7 +105,7 @@ fn info(control: &Control) -> Answer {
             pid: std::process::id(),
             machine: control.info(),
             pluggable: control.memory(),
-            balloon: control.balloon_sizes(),
+            balloon: control.balloon(Duration::ZERO),
             disks,
             nets: control.nets(),
             config: control.config().clone(),

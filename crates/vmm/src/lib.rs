@@ -46,6 +46,6 @@ pub use machine::{Control, Machine, MachineError, RunningMachine};
 pub use report::{MachineInfo, Outcome, VcpuReport};
 pub use seed::SeedError;
 pub use virtio::{
-    AttachError, BalloonInfo, BalloonSizes, ConsoleError, DetachError, DeviceConfig, DiskInfo, MemoryInfo,
-    NetError, NetInfo, PmemError, ResizeMemoryError,
+    AttachError, BalloonInfo, ConsoleError, DetachError, DeviceConfig, DiskInfo, MemoryInfo, NetError,
+    NetInfo, PmemError, ResizeMemoryError,
 };

@@ -4,7 +4,7 @@ use std::io;
 use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use ruse_arch::VcpuState;
 use ruse_devices::bus::MapError;
@@ -37,9 +37,9 @@ use crate::seed::{self, SeedError};
 use crate::threads::{VcpuThread, start_state};
 use crate::virtio::{
     self, AttachError, AttachedBalloon, AttachedConsole, AttachedDisk, AttachedMem, AttachedNet, BalloonInfo,
-    BalloonSizes, ConsoleError, Consoles, DetachError, DeviceConfig, DiskInfo, MemoryInfo, NetError, NetInfo,
-    OpenDisk, OpenDiskError, OpenNet, OpenPmem, OpenShare, OpenShareError, PlugError, PmemError,
-    ResizeMemoryError, Server, SlotKeeper, Slots, Sockets,
+    ConsoleError, Consoles, DetachError, DeviceConfig, DiskInfo, MemoryInfo, NetError, NetInfo, OpenDisk,
+    OpenDiskError, OpenNet, OpenPmem, OpenShare, OpenShareError, PlugError, PmemError, ResizeMemoryError,
+    Server, SlotKeeper, Slots, Sockets,
 };
 
 /// log2 of how much slower a guest's time goes while both tiers execute it: they take that much longer.
@@ -508,13 +508,9 @@ impl Control {
         let most = self.config.memory - ruse_memory::PAGE_SIZE;
         balloon.map(|balloon| balloon.resize(&self.board, bytes.min(most))).is_some()
     }
-    /// What is in the balloon, if there is one. Waits a fraction of a second for a guest that does not answer.
-    pub fn balloon(&self) -> Option<BalloonInfo> {
-        self.attached.balloon.as_ref().map(AttachedBalloon::info)
-    }
-    /// How large the balloon is, if there is one.
-    pub fn balloon_sizes(&self) -> Option<BalloonSizes> {
-        self.attached.balloon.as_ref().map(AttachedBalloon::sizes)
+    /// What is in the balloon, if there is one. The guest is asked for its statistics and has so long to tell new ones.
+    pub fn balloon(&self, patience: Duration) -> Option<BalloonInfo> {
+        self.attached.balloon.as_ref().map(|balloon| balloon.info(patience))
     }
     /// Asks the guest to have so many bytes of RAM.
     ///

@@ -28,7 +28,7 @@ use ruse_virtio::{Device, Handler, Transport, VirtioMmio, VirtioPci};
 use rustix::event::{EventfdFlags, eventfd};
 
 pub(crate) use balloon::AttachedBalloon;
-pub use balloon::{BalloonInfo, BalloonSizes};
+pub use balloon::BalloonInfo;
 pub use consoles::ConsoleError;
 pub(crate) use consoles::{AttachedConsole, Consoles};
 pub(crate) use disks::{AttachedDisk, OpenDisk};

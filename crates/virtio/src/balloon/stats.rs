@@ -1,6 +1,7 @@
 //! What the guest tells of its memory (virtio 1.2, 5.5.6.3). It always has a buffer with it at the device; giving that back
 //! asks for a new one.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -34,8 +35,8 @@ const NAMES: [&str; 10] = [
     "hugetlb-failures",
 ];
 
-/// Names and values; faults are counted, all else is in bytes.
-pub type Statistics = Vec<(&'static str, u64)>;
+/// Values by their names; faults are counted, all else is in bytes.
+pub type Statistics = BTreeMap<String, u64>;
 
 #[derive(Default)]
 struct State {
@@ -154,7 +155,7 @@ impl Handle {
             let tag = usize::from(u16::from_le_bytes([bytes[0], bytes[1]]));
             let mut number = [0; 8];
             number.copy_from_slice(&bytes[2..]);
-            Some((*NAMES.get(tag)?, u64::from_le_bytes(number)))
+            Some((NAMES.get(tag)?.to_string(), u64::from_le_bytes(number)))
         };
         let mut state = self.source.shared.lock();
         state.statistics = bytes.chunks_exact(VALUE).filter_map(value).collect();

@@ -12,31 +12,21 @@ use super::{PlugError, Server, SharedTransport, plug};
 use crate::board::Board;
 use crate::pci_slots;
 
-/// How long a guest has for its statistics.
-const PATIENCE: Duration = Duration::from_millis(200);
-
 /// The balloon of a machine.
 pub(crate) struct AttachedBalloon {
     control: BalloonControl,
     function: SharedTransport,
 }
 
-/// What is in a machine's balloon.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct BalloonSizes {
+/// What is in a machine's balloon, and what the guest tells of its memory.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BalloonInfo {
     /// Bytes that it is to have.
     pub target: u64,
     /// Bytes that it has, as the guest says.
     pub actual: u64,
-}
-
-/// What is in a machine's balloon, and what the guest tells of its memory.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct BalloonInfo {
-    /// Its sizes.
-    #[serde(flatten)]
-    pub sizes: BalloonSizes,
-    /// Names and values, as the guest has told them last.
+    /// What the guest has told last of its memory.
+    #[serde(default)]
     pub statistics: Statistics,
 }
 
@@ -62,14 +52,9 @@ impl AttachedBalloon {
         }
     }
 
-    /// Asks the guest how it is.
-    pub(crate) fn info(&self) -> BalloonInfo {
-        let statistics = self.control.statistics.ask(PATIENCE);
-        BalloonInfo { sizes: self.sizes(), statistics }
-    }
-
-    /// How large it is, without a question to the guest.
-    pub(crate) fn sizes(&self) -> BalloonSizes {
-        BalloonSizes { target: self.control.target(), actual: self.control.actual() }
+    /// Asks the guest how it is, and waits for its answer no longer than `patience`.
+    pub(crate) fn info(&self, patience: Duration) -> BalloonInfo {
+        let statistics = self.control.statistics.ask(patience);
+        BalloonInfo { target: self.control.target(), actual: self.control.actual(), statistics }
     }
 }
