@@ -1,6 +1,6 @@
 # The cases of the KVM lab, run inside it: cases NAME...
 # A case is the boot of a kernel (bzimage-CPUS, vmlinux-CPUS), one that reboots in between (reboot-CPUS) or uses devices
-# (disk-CPUS, microvm-CPUS, vhost-CPUS), or a test program.
+# (disk-CPUS, microvm-CPUS, vhost-CPUS, devices-CPUS), or a test program.
 cd /lab || exit
 export RUSE_NEED_KVM=1 RUSE_NEED_VHOST=1 RUSE_MOVES=100
 
@@ -79,6 +79,51 @@ vhost() {
     return $status
 }
 
+# Memory of the default guest's: a file in it, more of it and less again, and what it gives back by its balloon. It grows by a
+# few blocks at a time: with many at once the guest's kernel complains here that a CPU does nothing else for too long.
+devices() {
+    head -c 2097152 /dev/urandom > /tmp/pmem
+    cp /tmp/pmem /tmp/before
+    { head -c 1048576 /bin/busybox; tail -c +1048577 /tmp/pmem; } > /tmp/expected
+    guest "$1" '
+        total() { awk "/^MemTotal/ { print \$2 }" /proc/meminfo; }
+        unused() { awk "/Movable/ { m = 1 } m && /pages free/ { print \$3; exit }" /proc/zoneinfo; }
+        pages() { awk "/^balloon_$1/ { print \$2 }" /proc/vmstat; }
+        until_is() { is=$1; shift; until [ $("$@") = $is ]; do usleep 100000; done; }
+        echo FILE $(md5sum < /dev/pmem0)
+        dd if=/bin/busybox of=/dev/pmem0 bs=64k count=16 conv=fsync 2> /dev/null
+        first=$(total); echo READY to grow
+        until_is $((first + 49152)) total
+        before=$(unused)
+        cat /bin/busybox /bin/busybox /bin/busybox /bin/busybox > /tmp/large
+        [ $((before - $(unused))) -gt 1024 ] && echo USED
+        cat /bin/busybox /bin/busybox /bin/busybox /bin/busybox | cmp - /tmp/large && echo SAME
+        rm /tmp/large; echo READY to shrink
+        until_is $first total; echo READY to inflate
+        until_is 4096 pages inflate; until_is 4096 pages deflate
+        echo GUEST-UP cpus=$(nproc)' \
+        --name m --memory 192M,max=320M --balloon 0 --pmem /tmp/pmem > /tmp/log &
+    guest=$!
+    await READY 1 && resize memory 208M '208 MiB' && resize memory 224M '224 MiB' && resize memory 240M '240 MiB' &&
+        await READY 2 && resize memory 192M '192 MiB' &&
+        await READY 3 && resize balloon 16M '16 MiB' && grep 'free-memory: .* MiB' /tmp/said && ./ruse balloon m 0 &&
+        wait $guest && printed FILE /tmp/before && grep -q USED /tmp/log && grep -q SAME /tmp/log &&
+        cmp /tmp/pmem /tmp/expected
+    status=$?
+    cat /tmp/log
+    return $status
+}
+
+# resize memory|balloon SIZE SAID: asks for so much, and waits until there is as much.
+resize() {
+    ./ruse "$1" m "$2"
+    until ./ruse "$1" m > /tmp/said && grep -q "^$3 of $3 asked for" /tmp/said; do
+        usleep 100000
+        kill -0 $guest || return
+    done
+    echo "$1 $3"
+}
+
 # Whether the guest has printed a word and the digest of this file.
 printed() {
     grep -q "$1 $(md5sum < "$2" | cut -c -32)" /tmp/log
@@ -97,6 +142,7 @@ for name; do
         disk-*) disk "${name#*-}" ;;
         microvm-*) disk "${name#*-}" --machine microvm ;;
         vhost-*) vhost "${name#*-}" ;;
+        devices-*) devices "${name#*-}" ;;
         *) run_tests "$name" ;;
     esac < /dev/null
     echo "LAB-END $?"

@@ -23,8 +23,17 @@ use crate::vmlinux;
 
 /// Boots of the stock kernel to the benchmark guest's init: the kernel's form and the guest's CPUs. One reboots; some boot the
 /// default guest with devices.
-const BOOTS: [&str; 8] =
-    ["bzimage-1", "bzimage-2", "vmlinux-1", "vmlinux-2", "reboot-2", "disk-2", "microvm-2", "vhost-1"];
+const BOOTS: [&str; 9] = [
+    "bzimage-1",
+    "bzimage-2",
+    "vmlinux-1",
+    "vmlinux-2",
+    "reboot-2",
+    "disk-2",
+    "microvm-2",
+    "vhost-1",
+    "devices-1",
+];
 
 /// What to run in the lab.
 #[derive(Args)]
