@@ -111,8 +111,10 @@ impl Server {
             };
             self.serve_all();
             kept = self.queues.iter().any(|queue| queue.outside).then_some(pass);
-            if !self.queues.iter().any(|queue| queue.due) {
-                self.wait()?;
+            // While there is more to be done in one, the others have their turn.
+            let due = self.queues.iter().any(|queue| queue.due);
+            if !due || self.queues.len() > 1 {
+                self.look(due)?;
             }
         }
         if self.is_gone() {
@@ -151,21 +153,23 @@ impl Server {
         self.gone.load(Ordering::Acquire)
     }
 
-    /// Waits for a notification, or for a handler's own source of work.
-    fn wait(&mut self) -> io::Result<()> {
+    /// Looks which queues are notified, or whose handlers have a source of work of their own; waits for one, unless some are
+    /// `due` already.
+    fn look(&mut self, due: bool) -> io::Result<()> {
         let sources = self.queues.iter().flat_map(ServedQueue::sources);
         let files: Vec<_> = sources.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)).collect();
         let files = RefCell::new(files);
         let look = |time: Option<&Timespec>| poll(&mut files.borrow_mut(), time);
-        let ready = || look(Some(&Timespec { tv_sec: 0, tv_nsec: 0 })) != Ok(0);
-        match self.halt_poll.wait(ready, || look(None)) {
+        let now = || look(Some(&Timespec { tv_sec: 0, tv_nsec: 0 }));
+        let looked = if due { now() } else { self.halt_poll.wait(|| now() != Ok(0), || look(None)) };
+        match looked {
             Ok(_) => {}
             Err(Errno::INTR) => return Ok(()),
             Err(error) => return Err(error.into()),
         }
         let woken: Vec<_> = files.into_inner().iter().map(|file| !file.revents().is_empty()).collect();
         for (queue, woken) in self.queues.iter_mut().zip(woken.chunks(2)) {
-            queue.due = woken.contains(&true);
+            queue.due |= woken.contains(&true);
             if woken[0] {
                 match rustix::io::read(&queue.event, &mut [0; 8]) {
                     Ok(_) | Err(Errno::INTR | Errno::AGAIN) => {}
@@ -212,5 +216,129 @@ impl Server {
     fn give_back(&mut self, n: usize, work: Work, result: Result<Served, RingError>) -> bool {
         self.queues[n].outside = result.as_ref().is_ok_and(|served| served.outside);
         self.board.access_function(&*self.function, |function, access| function.finish(access, work, result))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+    use std::sync::atomic::AtomicU32;
+    use std::time::{Duration, Instant};
+
+    use ruse_devices::Ring;
+    use ruse_devices::pci::PciAddress;
+    use ruse_virtio::{Device, Identity, VirtioMmio, features};
+
+    use super::*;
+    use crate::fake;
+
+    fn at() -> PciAddress {
+        PciAddress::new(8, 0)
+    }
+
+    /// Two queues that one thread serves.
+    struct Pair;
+
+    impl Device for Pair {
+        fn identity(&self) -> Identity {
+            Identity { kind: 42, pci_class: 0 }
+        }
+        fn features(&self) -> u64 {
+            features::COMMON
+        }
+        fn queues(&self) -> Vec<u16> {
+            vec![8, 8]
+        }
+        fn config(&self) -> Vec<u8> {
+            Vec::new()
+        }
+        fn thread(&self, _index: u16) -> u16 {
+            0
+        }
+    }
+
+    /// Counts how often it serves its queue, and may always have more to do.
+    #[derive(Clone, Default)]
+    struct Counter {
+        count: Arc<AtomicU32>,
+        more: bool,
+    }
+
+    impl Handler for Counter {
+        fn serve(&mut self, _work: &mut Work, _dma: &Dma) -> Result<Served, RingError> {
+            self.count.fetch_add(1, Ordering::SeqCst);
+            Ok(Served { more: self.more, ..Served::default() })
+        }
+    }
+
+    impl Counter {
+        fn await_more_than(&self, count: u32) -> u32 {
+            let limit = Instant::now() + Duration::from_secs(60);
+            loop {
+                let now = self.count.load(Ordering::SeqCst);
+                if now > count {
+                    return now;
+                }
+                assert!(Instant::now() < limit, "the queue is not served");
+                std::thread::yield_now();
+            }
+        }
+    }
+
+    /// A machine with the pair, whose driver has started, and the pair's only thread.
+    fn start(counters: [&Counter; 2]) -> (Arc<Board>, JoinHandle<()>) {
+        let (board, _) = fake::board(0, None);
+        let mut mmio = VirtioMmio::new(at().id(), 16, Box::new(Pair));
+        let core = ruse_virtio::Transport::core_mut(&mut mmio);
+        core.set_driver_features(features::VERSION_1);
+        core.set_status(11);
+        for index in 0..2 {
+            let start = 0x1000 * u64::from(index + 1);
+            core.set_layout(index, |layout| {
+                (layout.size, layout.descriptors, layout.driver, layout.device) =
+                    (8, start, start + 0x400, start + 0x800);
+            });
+            core.enable(index);
+        }
+        core.set_status(15);
+        let handlers = counters.map(|counter| Box::new(counter.clone()) as Box<dyn Handler>).into();
+        let function: SharedTransport = Arc::new(Mutex::new(mmio));
+        let ram = GuestRam::new(1 << 20).unwrap();
+        let mut servers = super::super::servers(&board, &ram, at(), "pair", &function, handlers).unwrap();
+        assert_eq!(servers.len(), 1);
+        (board, servers.remove(0).spawn().unwrap())
+    }
+
+    fn end(board: &Board, thread: JoinHandle<()>) {
+        board.lifecycle.end(Outcome::Stopped);
+        board.bells.ring_all();
+        thread.join().unwrap();
+    }
+
+    #[test]
+    fn a_queue_is_served_after_those_behind_it() {
+        let [first, second] = [Counter::default(), Counter::default()];
+        let (board, thread) = start([&first, &second]);
+        let (before, at_start) = (first.await_more_than(0), second.await_more_than(0));
+        board.bells.ring(Ring { source: at().id(), number: 0 });
+        let alone = first.await_more_than(before);
+        assert_eq!(second.count.load(Ordering::SeqCst), at_start, "nothing is new in it");
+        board.bells.ring(Ring { source: at().id(), number: 1 });
+        second.await_more_than(at_start);
+        first.await_more_than(alone);
+        end(&board, thread);
+    }
+
+    #[test]
+    fn a_queue_with_always_more_leaves_others_their_turn() {
+        let (greedy, other) = (Counter { more: true, ..Counter::default() }, Counter::default());
+        let (board, thread) = start([&greedy, &other]);
+        for _ in 0..10 {
+            let count = other.await_more_than(0);
+            greedy.await_more_than(greedy.count.load(Ordering::SeqCst));
+            board.bells.ring(Ring { source: at().id(), number: 1 });
+            other.await_more_than(count);
+        }
+        end(&board, thread);
     }
 }
