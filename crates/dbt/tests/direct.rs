@@ -203,6 +203,38 @@ fn what_tells_of_the_cpu_tells_of_the_guests() {
 }
 
 #[test]
+fn instructions_that_were_replaced_are_known_in_other_address_spaces() {
+    // Nothing leads from the second part to CPUID, nor is anything translated that does.
+    let Some(mut guest) = Guest::new(|a| {
+        a.xor(eax, eax)?;
+        a.cpuid()?;
+        a.ud2()?;
+        a.mov(r8d, 7)?;
+        a.ud2()
+    }) else {
+        return;
+    };
+    const SECOND: u64 = 6;
+    guest.protect_code();
+    assert_eq!(guest.run(), Exception::UD);
+    let maps = guest.counter("direct.runs");
+    // The same mappings from another page.
+    let (old, new) = (guest.vcpu.cpu().root(), 0x7000);
+    (0..512).for_each(|n| {
+        guest.word(new + 8 * n).store(guest.word(old + 8 * n).load(Ordering::SeqCst), Ordering::SeqCst)
+    });
+    guest.vcpu.cpu_mut().paging.cr3 = new;
+    guest.vcpu.cpu_mut().rip = CODE + SECOND;
+    assert_eq!((guest.run(), guest.gpr(8)), (Exception::UD, 7));
+    assert!(guest.counter("direct.runs") > maps);
+    assert_eq!(
+        (guest.counter("dispatches"), guest.counter("direct.spaces")),
+        (0, 2),
+        "nothing is translated"
+    );
+}
+
+#[test]
 fn code_that_is_written_directly_is_translated_anew_and_the_other_way_round() {
     // The second instruction writes the operand of the first.
     let program = |a: &mut CodeAssembler| {

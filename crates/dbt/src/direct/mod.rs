@@ -12,11 +12,15 @@ mod registers;
 pub mod scan;
 mod space;
 
-use std::sync::{
-    Arc, Mutex, PoisonError,
-    atomic::{AtomicBool, Ordering},
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
+use ruse_memory::PAGE_SIZE;
 use ruse_sandbox::{Kicker, Sandbox, SandboxError};
 
 use self::space::Followed;
@@ -41,12 +45,17 @@ pub enum DirectMode {
 
 /// Address spaces with a process at the same time.
 const SPACES: usize = 12;
+/// Pages with replaced instructions that are remembered at most.
+const REPLACED: usize = 1024;
 
 /// The address spaces of a vCPU that have a sandbox.
 #[derive(Default)]
 pub struct Pool {
     spaces: Vec<Space>,
     tick: u64,
+    /// Instructions that were replaced, by their pages of RAM, as long as nobody writes to those. What leads to them may have
+    /// run directly, so that nothing else knows it.
+    replaced: HashMap<u64, Vec<u16>>,
 }
 
 impl Pool {
@@ -84,13 +93,36 @@ impl Pool {
         self.spaces.iter().any(|space| space.root == root && space.avoids(cpu.rip))
     }
 
+    /// See [`Space::reconsider`], of the address space in force.
+    pub fn reconsider(&mut self, cpu: &mut Cpu) -> Option<u64> {
+        let root = cpu.root();
+        self.spaces.iter_mut().find(|space| space.root == root)?.reconsider(cpu)
+    }
+
+    /// Makes a page of code at `va` executable in the address space in force ([`Space::look_through`]). `roots` are offsets
+    /// of instructions that are executed.
+    pub fn look_through(&mut self, cpu: &mut Cpu, va: u64, gpa: u64, mut roots: Vec<u16>) {
+        let gpa = gpa & !(PAGE_SIZE - 1);
+        roots.extend(self.replaced.get(&gpa).into_iter().flatten());
+        let Ok(Some(space)) = self.current(cpu) else { return };
+        let replaced = space.look_through(cpu, va, gpa, roots);
+        if !replaced.is_empty() {
+            if self.replaced.len() >= REPLACED {
+                self.replaced.clear();
+            }
+            self.replaced.insert(gpa, replaced);
+        }
+    }
+
     /// A page of RAM is not executed directly any more: its bytes change.
     pub fn forget_code(&mut self, cpu: &mut Cpu, gpa: u64) {
+        self.replaced.remove(&(gpa & !(PAGE_SIZE - 1)));
         self.spaces.iter_mut().for_each(|space| space.forget_code(cpu, gpa));
     }
 
     /// No page is executed directly any more.
     pub fn forget_all_code(&mut self, cpu: &mut Cpu) {
+        self.replaced.clear();
         self.spaces.iter_mut().for_each(|space| space.forget_all_code(cpu));
     }
 

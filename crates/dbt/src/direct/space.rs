@@ -201,26 +201,33 @@ impl Space {
     }
 
     /// Makes a page of code executable, if it is known what its suspicious bytes are. `roots` are offsets of instructions that
-    /// are executed. A page that user code can write gets no copy, as just-in-time compilers read what they have written.
-    pub fn look_through(&mut self, cpu: &mut Cpu, va: u64, gpa: u64, roots: Vec<u16>) {
+    /// are executed; those that were replaced are given back. A page that user code can write gets no copy, as just-in-time
+    /// compilers read what they have written.
+    pub fn look_through(&mut self, cpu: &mut Cpu, va: u64, gpa: u64, roots: Vec<u16>) -> Vec<u16> {
         let (va, gpa) = (va & !(PAGE - 1), gpa & !(PAGE - 1));
-        let Some(found) = look(cpu, va).filter(|found| found.gpa & !(PAGE - 1) == gpa) else { return };
+        let nothing = Vec::new();
+        let Some(found) = look(cpu, va).filter(|found| found.gpa & !(PAGE - 1) == gpa) else {
+            return nothing;
+        };
         self.guard(cpu, gpa);
-        let Some(mut page) = code(cpu, va, gpa) else { return };
+        let Some(mut page) = code(cpu, va, gpa) else { return nothing };
         let run = page_run(va, gpa, Rights { write: false, execute: true });
-        match scan::look(&page, roots) {
-            Verdict::Unknown => return,
-            Verdict::Replace(_) if found.writable => return,
-            Verdict::Clean => self.map(run),
-            Verdict::Replace(instructions) => {
-                scan::replace(&mut page, &instructions);
-                if self.sandbox.map_copy(va, &page[..scan::PAGE]).is_err() {
-                    return;
-                }
-                self.enter(Run { copied: true, ..run });
+        let replaced = match scan::look(&page, roots) {
+            Verdict::Clean => nothing,
+            Verdict::Replace(instructions) if !found.writable => instructions,
+            Verdict::Unknown | Verdict::Replace(_) => return nothing,
+        };
+        if replaced.is_empty() {
+            self.map(run);
+        } else {
+            scan::replace(&mut page, &replaced);
+            if self.sandbox.map_copy(va, &page[..scan::PAGE]).is_err() {
+                return Vec::new();
             }
+            self.enter(Run { copied: true, ..run });
         }
         self.avoided.remove(&va);
+        replaced
     }
 
     fn unmap(&mut self, cpu: &mut Cpu, va: u64, size: u64) {
@@ -295,6 +302,17 @@ impl Space {
         }
         cpu.counters.direct.detours += 1;
         Unresolved::Detour
+    }
+
+    /// The code at RIP is interrupted, and would run directly if its page was not avoided: the page in RAM, if it is time to
+    /// look through it again. A program may stay on it, so that nothing else asks for it.
+    pub fn reconsider(&mut self, cpu: &mut Cpu) -> Option<u64> {
+        let page = cpu.rip & !(PAGE - 1);
+        let times = self.avoided.get_mut(&page)?;
+        *times += 1;
+        let due = times.is_power_of_two();
+        let gpa = look(cpu, page).filter(|_| due)?.gpa;
+        self.ram.file_offset(gpa).map(|_| gpa)
     }
 
     /// A page and what user code may do directly with it: execute it or write to it, not both, as code is looked through

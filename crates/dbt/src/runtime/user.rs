@@ -98,6 +98,20 @@ impl DbtVcpu {
         }
     }
 
+    /// User code is interrupted that does not run directly because it is not known what some bytes of its page are: more of
+    /// the page may be known by now.
+    pub(super) fn reconsider(&mut self) {
+        let cpu = &mut *self.cpu;
+        let root = cpu.root();
+        if cpu.mode.cpl == 3
+            && cpu.direct.wants(root)
+            && let Some(gpa) = self.direct.pool.reconsider(cpu)
+        {
+            let va = self.cpu.rip;
+            self.look_through(va, gpa);
+        }
+    }
+
     /// Sees to it that code of a page can run directly, if that is possible. The instruction at RIP lies on it, at least in
     /// part.
     fn look_through(&mut self, va: u64, gpa: u64) {
@@ -106,9 +120,7 @@ impl DbtVcpu {
         let Ok(instruction) = tier0::decode(&mut self.cpu) else { return };
         let executed = [instruction.rip, instruction.next].map(|at| at.wrapping_sub(va & !0xfff));
         roots.extend(executed.into_iter().filter_map(|at| u16::try_from(at).ok()).filter(|at| *at < 0x1000));
-        if let Ok(Some(space)) = self.direct.pool.current(&mut self.cpu) {
-            space.look_through(&mut self.cpu, va, gpa, roots);
-        }
+        self.direct.pool.look_through(&mut self.cpu, va, gpa, roots);
     }
 
     /// Translations of code of a page to which user code writes go, so that it may be written to directly.
