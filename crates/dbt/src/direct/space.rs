@@ -205,17 +205,16 @@ impl Space {
     /// compilers read what they have written.
     pub fn look_through(&mut self, cpu: &mut Cpu, va: u64, gpa: u64, roots: Vec<u16>) -> Vec<u16> {
         let (va, gpa) = (va & !(PAGE - 1), gpa & !(PAGE - 1));
-        let nothing = Vec::new();
         let Some(found) = look(cpu, va).filter(|found| found.gpa & !(PAGE - 1) == gpa) else {
-            return nothing;
+            return Vec::new();
         };
         self.guard(cpu, gpa);
-        let Some(mut page) = code(cpu, va, gpa) else { return nothing };
+        let Some(mut page) = code(cpu, va, gpa) else { return Vec::new() };
         let run = page_run(va, gpa, Rights { write: false, execute: true });
         let replaced = match scan::look(&page, roots) {
-            Verdict::Clean => nothing,
+            Verdict::Clean => Vec::new(),
             Verdict::Replace(instructions) if !found.writable => instructions,
-            Verdict::Unknown | Verdict::Replace(_) => return nothing,
+            Verdict::Unknown | Verdict::Replace(_) => return Vec::new(),
         };
         if replaced.is_empty() {
             self.map(run);
@@ -295,9 +294,7 @@ impl Space {
 
     /// Code of a page should have run. What is known of the page grows, so that it is looked through now and then.
     fn avoid(&mut self, cpu: &mut Cpu, page: u64, gpa: u64) -> Unresolved {
-        let times = self.avoided.entry(page).or_default();
-        *times += 1;
-        if times.is_power_of_two() {
+        if is_due(self.avoided.entry(page).or_default()) {
             return Unresolved::Suspicious(gpa);
         }
         cpu.counters.direct.detours += 1;
@@ -308,10 +305,10 @@ impl Space {
     /// look through it again. A program may stay on it, so that nothing else asks for it.
     pub fn reconsider(&mut self, cpu: &mut Cpu) -> Option<u64> {
         let page = cpu.rip & !(PAGE - 1);
-        let times = self.avoided.get_mut(&page)?;
-        *times += 1;
-        let due = times.is_power_of_two();
-        let gpa = look(cpu, page).filter(|_| due)?.gpa;
+        if !is_due(self.avoided.get_mut(&page)?) {
+            return None;
+        }
+        let gpa = look(cpu, page)?.gpa;
         self.ram.file_offset(gpa).map(|_| gpa)
     }
 
@@ -380,6 +377,12 @@ impl Space {
         let found = look(cpu, va)?;
         self.page(cpu, va, &found, Access::Read)
     }
+}
+
+/// A page is met that is avoided: whether it is time to look through it again.
+fn is_due(times: &mut u32) -> bool {
+    *times += 1;
+    times.is_power_of_two()
 }
 
 /// See [`crate::mmu::Mmu::look`].

@@ -46,10 +46,15 @@ struct Key {
 
 impl Key {
     fn hash(&self) -> u64 {
-        let mut hasher = KeyHasher::default();
-        Hash::hash(self, &mut hasher);
-        hasher.finish()
+        hash(self)
     }
+}
+
+/// See [`KeyHasher`].
+pub(super) fn hash(value: &impl Hash) -> u64 {
+    let mut hasher = KeyHasher::default();
+    value.hash(&mut hasher);
+    hasher.finish()
 }
 
 /// A multiplicative hash: keys are addresses, not chosen against us in any way that matters.
@@ -115,7 +120,7 @@ impl Block {
     }
 
     fn place(&self) -> Place {
-        Place { host: self.page | self.va & 0xfff, mode: self.mode.into() }
+        Place::new(self.va, self.page, self.mode.into())
     }
 
     /// Whether it depends on some of these bytes of the page at host address `page`.
@@ -293,7 +298,7 @@ impl Blocks {
 
     /// Whether the code at `va`, which has no block, is to be interpreted this time, since it is written again and again.
     pub fn interprets(&mut self, va: u64, page: u64, mode: CodeMode) -> bool {
-        self.rewritten.interprets(Place { host: page | va & 0xfff, mode: mode.bits() })
+        self.rewritten.interprets(Place::new(va, page, mode.bits()))
     }
 
     fn existing(&self, key: Key) -> Option<u32> {

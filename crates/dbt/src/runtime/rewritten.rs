@@ -3,9 +3,7 @@
 //! translation was dropped before, because single instructions were written, is interpreted some times first: the
 //! oftener it was dropped the oftener, up to what a translation costs.
 
-use std::hash::{Hash, Hasher};
-
-use super::{blocks::KeyHasher, templates::Place};
+use super::{blocks::hash, templates::Place};
 
 /// Places that are remembered; a power of two. One that had to make room has never been written.
 const PLACES: usize = 1 << 12;
@@ -57,9 +55,7 @@ impl Rewritten {
     }
 
     fn entry(&mut self, place: Place) -> (&mut Entry, u16) {
-        let mut hasher = KeyHasher::default();
-        place.hash(&mut hasher);
-        let hash = hasher.finish();
+        let hash = hash(&place);
         (&mut self.places[hash as usize % PLACES], (hash >> 48) as u16)
     }
 }

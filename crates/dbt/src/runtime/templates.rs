@@ -26,6 +26,13 @@ pub struct Place {
     pub mode: u32,
 }
 
+impl Place {
+    /// Of code at linear address `va`, whose page is at host address `page`.
+    pub fn new(va: u64, page: u64, mode: u32) -> Self {
+        Self { host: page | va & 0xfff, mode }
+    }
+}
+
 /// A block that can be copied.
 pub struct Template {
     pub block: u32,

@@ -73,7 +73,7 @@ impl Tcp {
         match self.by_flow.get(&flow).copied() {
             Some(id) => {
                 let most = link.mss(flow.guest);
-                if self.connections.get_mut(id).is_some_and(|connection| connection.is_confused(&segment)) {
+                if self.connections.get_mut(id).is_some_and(|connection| connection.refuses(&segment)) {
                     refuse(link, flow, packet.mac, &segment, vectors::total(&payload));
                 }
                 self.with(link, id, |connection| connection.guest_segment(&segment, &payload, most));

@@ -49,7 +49,7 @@ impl Blocks {
 
     /// As [`Blocks::copy`], with links that lead nowhere yet.
     pub(super) fn copy_one(&mut self, va: u64, page: u64, mode: CodeMode) -> Option<Copy> {
-        let place = Place { host: page | va & 0xfff, mode: mode.bits() };
+        let place = Place::new(va, page, mode.bits());
         let template = self.templates.find(place).filter(|_| is_movable(va))?;
         let Block { va: from_va, host: from, marks, before, len, .. } = self.blocks[template.block as usize];
         let host = self.memory.used().next_multiple_of(16) as u32;

@@ -253,15 +253,15 @@ impl Connection {
         }
     }
 
-    /// Whether the guest takes our call for a part of a connection of the same ends that it still remembers. That is to be
-    /// refused (RFC 9293, 3.10.7.3), after which we call again.
-    pub(super) fn is_confused(&mut self, segment: &Segment) -> bool {
+    /// Refuses a segment by which the guest takes our call for a part of a connection of the same ends that it still
+    /// remembers (RFC 9293, 3.10.7.3): whether a reset is to be sent for it, behind which we call again.
+    pub(super) fn refuses(&mut self, segment: &Segment) -> bool {
         let answers = segment.has(ACK) && !segment.has(RST);
-        let confused = self.phase == Phase::Calling && answers && segment.ack != self.furthest;
-        if confused {
+        let refused = self.phase == Phase::Calling && answers && segment.ack != self.furthest;
+        if refused {
             self.next = self.first;
         }
-        confused
+        refused
     }
 
     /// Resets that do not fit may be anybody's (RFC 5961, 3.2).
