@@ -116,7 +116,7 @@ devices() {
 
 # resize memory|balloon SIZE SAID: asks for so much, and waits until there is as much.
 resize() {
-    ./ruse "$1" m "$2"
+    ./ruse "$1" m "$2" || return
     until ./ruse "$1" m > /tmp/said && grep -q "^$3 of $3 asked for" /tmp/said; do
         usleep 100000
         kill -0 $guest || return
@@ -136,6 +136,8 @@ run_tests() {
 
 for name; do
     echo "LAB-BEGIN $name"
+    # A guest in the background may open its log later than the first look into it.
+    : > /tmp/log
     case $name in
         bzimage-* | vmlinux-*) boot "${name%-*}" "${name#*-}" ;;
         reboot-*) reboot "${name#*-}" ;;
