@@ -1,7 +1,7 @@
 //! A process of which every line counts, and when it came.
 
 use std::io::{BufRead, BufReader};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -46,6 +46,11 @@ impl Running {
             }
         });
         Ok(Running { child, start, deadline: start + Duration::from_secs(timeout), lines, last: Vec::new() })
+    }
+
+    /// What it reads, if that is a pipe, and once.
+    pub fn input(&mut self) -> Option<ChildStdin> {
+        self.child.stdin.take()
     }
 
     /// The next line, with the seconds since the start; nothing at the end of the output.

@@ -1,14 +1,11 @@
 //! The same measurement inside the lab: this program goes there too, with QEMU, Ruse and the guest.
 
-use std::process::Stdio;
-
 use anyhow::{Result, bail, ensure};
 
 use super::machine::{System, directory};
 use super::{Group, Options};
 use crate::bench::{Peer, QEMU};
-use crate::lab::{Archive, Image, add_installed, command, measuring, read};
-use crate::running::Running;
+use crate::lab::{Archive, Image, add_installed, measuring, read, start};
 
 /// What can be measured there.
 const GROUPS: [Group; 3] = [Group::Raw, Group::Qcow2, Group::Net];
@@ -21,10 +18,8 @@ pub fn run(options: &Options, peers: &[Peer]) -> Result<()> {
         bail!("{} cannot be measured in the lab: --groups raw,qcow2,net", group.name());
     }
     let image = Image::prepare("io", archive(options, peers)?)?;
-    let mut command = command(&image, &script(options, peers));
-    // It complains of each feature of the CPU that it does not emulate.
-    command.stderr(Stdio::null());
-    let mut lab = Running::start(command, options.timeout * (1 + u64::from(options.rounds)))?;
+    let timeout = options.timeout * (1 + u64::from(options.rounds));
+    let mut lab = start(&image, &script(options, peers), timeout, false)?;
     while let Some((at, line)) = lab.next_line()? {
         match line.split_once(END) {
             Some((_, status)) => {

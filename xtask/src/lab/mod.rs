@@ -16,7 +16,7 @@ use build::Programs;
 pub use image::Image;
 pub use installed::{add_installed, measuring};
 use run::Outcome;
-pub use run::command;
+pub use run::start;
 
 use crate::bench::{Materials, QEMU, qemu_is_here};
 use crate::vmlinux;

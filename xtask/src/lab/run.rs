@@ -1,6 +1,9 @@
 //! One run of the lab: QEMU, and what the cases print.
 
-use std::process::{Command, Stdio};
+use std::io::Write;
+use std::process::{ChildStdin, Command, Stdio};
+use std::thread;
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use ruse_guest::{EXIT_MARK, run_argument};
@@ -30,8 +33,11 @@ struct Case {
     says: Vec<String>,
 }
 
-/// Runs the cases. A lab that hangs is started once more for those that are left: VMRUN and #VMEXIT in QEMU change
-/// the word of pending interrupts without a lock, and one that comes at that moment is lost.
+/// How often the lab is interrupted. VMRUN and #VMEXIT in QEMU change the word of pending interrupts without a lock, and one
+/// that comes at that moment is lost until the next one comes: if it was the timer's, the lab would stand still.
+const INTERRUPTED: Duration = Duration::from_secs(2);
+
+/// Runs the cases. A lab that hangs is started once more for those that are left.
 pub fn run(image: &Image, cases: &[&str], options: &Options) -> Result<Vec<Outcome>> {
     let mut outcomes = Vec::new();
     let Err(hang) = run_once(image, cases, options, &mut outcomes) else { return Ok(outcomes) };
@@ -43,10 +49,8 @@ pub fn run(image: &Image, cases: &[&str], options: &Options) -> Result<Vec<Outco
 
 /// Runs cases until they have all ended, in their order.
 fn run_once(image: &Image, cases: &[&str], options: &Options, outcomes: &mut Vec<Outcome>) -> Result<()> {
-    let mut command = command(image, &format!("exec sh /lab/cases {}", cases.join(" ")));
-    // It complains of each feature of the CPU that it does not emulate.
-    command.stderr(if options.verbose { Stdio::inherit() } else { Stdio::null() });
-    let mut lab = Running::start(command, options.timeout)?;
+    let script = format!("exec sh /lab/cases {}", cases.join(" "));
+    let mut lab = start(image, &script, options.timeout, options.verbose)?;
     let mut case: Option<Case> = None;
     let mut ended = false;
     while let Some((at, line)) = lab.next_line()? {
@@ -82,8 +86,26 @@ fn cpus(version: &str) -> &'static str {
     if known.is_some_and(|version| version >= MANY) { "2" } else { "1" }
 }
 
+/// Starts the lab, which runs a script and has so many seconds.
+pub fn start(image: &Image, script: &str, timeout: u64, verbose: bool) -> Result<Running> {
+    let mut command = command(image, &format!("stty -echo < /dev/console; {script}"));
+    // It complains of each feature of the CPU that it does not emulate.
+    command.stderr(if verbose { Stdio::inherit() } else { Stdio::null() });
+    let mut lab = Running::start_reading(Stdio::piped(), command, timeout)?;
+    let keys = lab.input().context("the lab has no input")?;
+    thread::spawn(|| interrupt(keys));
+    Ok(lab)
+}
+
+/// Types lines that nobody reads, until the lab has ended.
+fn interrupt(mut keys: ChildStdin) {
+    while keys.write_all(b"\n").is_ok() {
+        thread::sleep(INTERRUPTED);
+    }
+}
+
 /// The emulated machine, which runs a script: a CPU with AMD-V and nested paging.
-pub fn command(image: &Image, script: &str) -> Command {
+fn command(image: &Image, script: &str) -> Command {
     let mut command = Command::new(QEMU);
     command.args(["-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", "EPYC,+svm,+npt"]);
     command.args(["-smp", cpus(&qemu_version()), "-m", "2048"]);

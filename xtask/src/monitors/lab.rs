@@ -1,13 +1,10 @@
 //! The same measurement inside the lab: this program goes there too, with the monitors and what they load.
 
-use std::process::Stdio;
-
 use anyhow::{Context, Result};
 
 use super::peer::Peer;
 use super::{Measured, Options, directory, measure::can_trace, present, system};
-use crate::lab::{Archive, Image, add_installed, command, measuring, read};
-use crate::running::Running;
+use crate::lab::{Archive, Image, add_installed, measuring, read, start};
 
 /// What the line of figures begins with.
 const MARK: &str = "MEASURED ";
@@ -26,11 +23,8 @@ pub fn measure(options: &Options) -> Result<Measured> {
         options.rounds,
         names.join(",")
     );
-    let mut command = command(&image, &script);
-    // It complains of each feature of the CPU that it does not emulate.
-    command.stderr(Stdio::null());
     let timeout = TIMEOUT * (1 + u64::from(options.rounds) * peers.len() as u64);
-    let mut lab = Running::start(command, timeout)?;
+    let mut lab = start(&image, &script, timeout, false)?;
     while let Some((at, line)) = lab.next_line()? {
         match line.split_once(MARK) {
             Some((_, figures)) => return serde_json::from_str(figures).context("reading the lab's figures"),
