@@ -89,6 +89,22 @@ IPv6AcceptRA=yes
 ClientIdentifier=mac
 END
 systemctl --quiet enable systemd-networkd.service
+# Names without dots are not asked of the neighbours, which takes seconds where nobody answers: each login asks for one, as PAM
+# notes the address of its peer, which is UNKNOWN by the socket device.
+mkdir -p /etc/systemd/resolved.conf.d
+printf '[Resolve]\nLLMNR=no\nMulticastDNS=no\n' > /etc/systemd/resolved.conf.d/ruse.conf
+
+# The host knows the system's SSH key and its user, so cloud-init keeps them. There are no locales but those of the C library.
+if [ -d /etc/cloud/cloud.cfg.d ]; then
+    cat > /etc/cloud/cloud.cfg.d/90_ruse.cfg << END
+ssh_deletekeys: false
+locale: C.UTF-8
+system_info:
+  default_user:
+    name: $NAME
+END
+fi
+
 # What waits for something that a machine of Ruse has not, or works for nobody.
 systemctl --quiet mask systemd-networkd-wait-online.service getty@tty1.service systemd-pstore.service \
     e2scrub_reap.service e2scrub_all.timer apt-daily.timer apt-daily-upgrade.timer

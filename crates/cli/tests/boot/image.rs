@@ -20,7 +20,7 @@ impl User {
 
     fn command(&self, words: &[&str]) -> Command {
         let mut command = ruse(&self.runtime);
-        command.env("XDG_DATA_HOME", self.data.path()).args(words);
+        command.env("XDG_DATA_HOME", self.data.path()).env("USER", "bob").args(words);
         command
     }
 
@@ -75,7 +75,7 @@ fn what_is_wrong_with_an_image_is_told_in_a_line() {
 #[ignore = "fetches a hundred packages and takes some minutes"]
 fn a_debian_is_built_boots_and_keeps_what_is_written() {
     let user = User::new();
-    user.ask(&["image", "build", "debian", "--packages", "file", "--name", "d", "--size", "2G"]);
+    user.ask(&["image", "build", "debian", "--packages", "file,cloud-init", "--name", "d", "--size", "2G"]);
     let start = |words: &[&str]| {
         let words = [&["run", "d", "--accel", "dbt", "--cpus", "2"], words].concat();
         let mut machine = Machine::command(&mut user.command(&words));
@@ -88,6 +88,11 @@ fn a_debian_is_built_boots_and_keeps_what_is_written() {
     assert_eq!(machine.ask("file -b /proc/self/exe | cut -c 1-8"), "symbolic");
     assert_eq!(machine.ask("dpkg --audit | wc -l"), "0");
     assert_eq!(machine.ask("sudo id -u"), "0");
+    assert_eq!(
+        machine.ask("timeout 3 getent hosts UNKNOWN; echo $?"),
+        "2",
+        "a name that nobody has is known not to be"
+    );
     assert_eq!(user.ask(&["exec", "d", "printf", "%s|", "a b", "it's", "$HOME"]), "a b|it's|$HOME|");
     assert_eq!(user.run(&["ssh", "d", "exit 7"]).status.code(), Some(7));
     let (here, back) = (user.data.path().join("here"), user.data.path().join("back"));
@@ -104,6 +109,18 @@ fn a_debian_is_built_boots_and_keeps_what_is_written() {
     machine.end().with_code(0);
     let mut machine = start(&["--fresh"]);
     assert_eq!(machine.ask("ls | wc -l"), "0");
+    user.ask(&["stop", "--force", "d"]);
+    machine.end().with_code(0);
+    let data = user.data.path().join("user-data");
+    fs::write(
+        &data,
+        "#cloud-config\nusers: [default, {name: alice}]\nwrite_files: [{path: /etc/made, content: 'yes'}]\n",
+    )
+    .unwrap();
+    let mut machine = start(&["--fresh", "--user-data", word(&data)]);
+    assert_eq!(machine.ask("cloud-init status --wait | tail -n 1"), "status: done");
+    assert_eq!(machine.ask("id -un alice; cat /etc/made; ls /home | wc -l"), "alice yes2");
+    assert_eq!(user.ask(&["ssh", "d", "sudo id -u"]), "0\n");
     user.ask(&["stop", "--force", "d"]);
     machine.end().with_code(0);
     user.ask(&["image", "remove", "--force", "d"]);
