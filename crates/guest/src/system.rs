@@ -24,6 +24,8 @@ const ARCHIVES: &[(&str, &str)] =
     &[("http://deb.debian.org/debian/", ""), ("http://deb.debian.org/debian-security/", "-security")];
 /// What releases are called in addition, in sources that are for everyone.
 const SUFFIXES: &[&str] = &["", "-updates", "-security"];
+/// Releases that have no others beside them.
+const ROLLING: &[&str] = &["sid", "unstable"];
 
 /// What a system is to be of.
 #[derive(Debug, Clone)]
@@ -169,6 +171,7 @@ fn sources(machine: &[Source], release: &str) -> String {
     if places.is_empty() {
         places.extend(ARCHIVES.iter().map(|(uri, suffix)| (uri.to_string(), suffix.to_string())));
     }
+    places.retain(|(_, suffix)| suffix.is_empty() || !ROLLING.contains(&release));
     let signed = if Path::new(KEYRING).exists() { format!("[signed-by={KEYRING}] ") } else { String::new() };
     places.iter().map(|(uri, suffix)| format!("deb {signed}{uri} {release}{suffix} main\n")).collect()
 }
@@ -197,6 +200,7 @@ mod tests {
         let expected = "deb http://m/debian-security/ trixie-security main\ndeb http://m/debian/ trixie main\n\
                         deb http://m/debian/ trixie-updates main\n";
         assert_eq!(plain(&sources(&machine, "trixie")), expected);
+        assert_eq!(plain(&sources(&machine, "sid")), "deb http://m/debian/ sid main\n");
     }
 
     #[test]

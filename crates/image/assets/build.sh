@@ -12,7 +12,8 @@ unpack() {
     for package in "$@"; do dpkg-deb -x "/parts/packages/$package" "$into"; done
 }
 
-# A new system's directories as Debian has them, so that no package makes them otherwise.
+# A new system's directories as Debian has them, so that no package makes them otherwise. From Debian 13 on, base-files brings
+# the links, and can do so only where there are none.
 merge_usr() {
     mkdir -p "$1"
     for name in bin sbin lib lib64; do
@@ -33,9 +34,11 @@ umount /tools/dev
 mount -t ext4 -o noatime,nobarrier /dev/vda /mnt
 
 step "unpacking the base system"
-merge_usr /mnt
+base_files=$(grep '^base-files_' /parts/base)
+dpkg-deb -c "/parts/packages/$base_files" | grep -q ' \./bin -> ' || merge_usr /mnt
+unpack /mnt "$base_files"
 # shellcheck disable=SC2046
-unpack /mnt $(cat /parts/base)
+unpack /mnt $(grep -v '^base-files_' /parts/base)
 unpack /mnt "$KERNEL"
 rm -r /mnt/boot/* /mnt/usr/share/doc/linux-image-*
 

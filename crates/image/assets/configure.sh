@@ -76,6 +76,9 @@ RuntimeDirectoryMode=0755
 RuntimeDirectoryPreserve=yes
 END
 systemctl --quiet enable ssh-vsock.socket
+# From Debian 13 on, systemd has the same, but only if the device is there before it starts.
+mkdir -p /etc/systemd/system-generators
+ln -s /dev/null /etc/systemd/system-generators/systemd-ssh-generator
 
 cat > /etc/systemd/network/80-dhcp.network << END
 [Match]

@@ -23,6 +23,7 @@ const PACKAGES: &[&str] = &[
     "iputils-ping",
     "kmod",
     "libpam-systemd",
+    "login",
     "netbase",
     "openssh-server",
     "sudo",

@@ -71,18 +71,34 @@ fn what_is_wrong_with_an_image_is_told_in_a_line() {
     user.ask(&["image", "remove", "broken"]);
 }
 
+/// A machine of the image `d`, logged in at its console.
+fn start(user: &User, words: &[&str]) -> Machine {
+    let words = [&["run", "d", "--accel", "dbt", "--cpus", "2"], words].concat();
+    let mut machine = Machine::command(&mut user.command(&words));
+    machine.expect("d login: ");
+    machine.expect("$ ");
+    machine
+}
+
+#[test]
+#[ignore = "fetches a hundred packages and takes some minutes"]
+fn a_debian_is_built_from_another_release() {
+    let user = User::new();
+    user.ask(&["image", "build", "debian", "--release", "trixie", "--name", "d"]);
+    let mut machine = start(&user, &[]);
+    assert_eq!(machine.ask("systemctl is-system-running --wait"), "running");
+    assert_eq!(machine.ask("dpkg --audit | wc -l; cut -d . -f 1 /etc/debian_version"), "0 13");
+    assert_eq!(user.ask(&["ssh", "d", "sudo id -u"]), "0\n");
+    user.ask(&["stop", "d"]);
+    machine.end().with_code(0);
+}
+
 #[test]
 #[ignore = "fetches a hundred packages and takes some minutes"]
 fn a_debian_is_built_boots_and_keeps_what_is_written() {
     let user = User::new();
     user.ask(&["image", "build", "debian", "--packages", "file,cloud-init", "--name", "d", "--size", "2G"]);
-    let start = |words: &[&str]| {
-        let words = [&["run", "d", "--accel", "dbt", "--cpus", "2"], words].concat();
-        let mut machine = Machine::command(&mut user.command(&words));
-        machine.expect("d login: ");
-        machine.expect("$ ");
-        machine
-    };
+    let start = |words| start(&user, words);
     let mut machine = start(&[]);
     assert_eq!(machine.ask("systemctl is-system-running --wait"), "running");
     assert_eq!(machine.ask("file -b /proc/self/exe | cut -c 1-8"), "symbolic");
