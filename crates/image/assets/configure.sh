@@ -37,7 +37,7 @@ ln -sf /usr/share/zoneinfo/UTC /etc/localtime
 # Each machine has an identity of its own, from its kernel command line.
 : > /etc/machine-id
 
-useradd --create-home --shell /bin/bash --groups sudo "$NAME"
+useradd --uid "$ID" --create-home --shell /bin/bash --groups sudo "$NAME"
 echo '%sudo ALL=(ALL) NOPASSWD: ALL' > /etc/sudoers.d/ruse
 chmod 440 /etc/sudoers.d/ruse
 install -d -m 700 -o "$NAME" -g "$NAME" "/home/$NAME/.ssh"
@@ -92,6 +92,8 @@ IPv6AcceptRA=yes
 ClientIdentifier=mac
 END
 systemctl --quiet enable systemd-networkd.service
+# Everyone may ping, as on any Debian that has recommended packages.
+echo 'net.ipv4.ping_group_range = 0 2147483647' > /etc/sysctl.d/50-ping.conf
 # Names without dots are not asked of the neighbours, which takes seconds where nobody answers: each login asks for one, as PAM
 # notes the address of its peer, which is UNKNOWN by the socket device.
 mkdir -p /etc/systemd/resolved.conf.d

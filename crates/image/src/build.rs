@@ -1,6 +1,5 @@
 //! Makes a Debian image.
 
-use std::env;
 use std::fs::{self, File, TryLockError};
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -10,7 +9,7 @@ use ruse_guest::{AptCommands, DefaultGuest, PackageFile, Progress, SystemPackage
 use crate::builder::Job;
 use crate::parts::{self, Settings};
 use crate::store::{self, Manifest, VERSION};
-use crate::{Image, ImageError, Images, SshKey};
+use crate::{GuestUser, Image, ImageError, Images, SshKey};
 
 /// What every image has beside Debian's essential packages: what boots it, and what reaches it.
 const PACKAGES: &[&str] = &[
@@ -30,8 +29,6 @@ const PACKAGES: &[&str] = &[
     "systemd-resolved",
     "udev",
 ];
-/// The user where the host's cannot be one in a guest.
-const USER: &str = "debian";
 /// Least and most bytes of a disk.
 const SIZES: std::ops::RangeInclusive<u64> = 1 << 30..=64 << 40;
 const MIB: u64 = 1 << 20;
@@ -50,7 +47,7 @@ pub struct DebianPlan {
     /// Bytes of its disk.
     pub size: u64,
     /// Its user.
-    pub user: String,
+    pub user: GuestUser,
 }
 
 impl DebianPlan {
@@ -61,7 +58,7 @@ impl DebianPlan {
             release: "bookworm".into(),
             packages: Vec::new(),
             size: 8 << 30,
-            user: default_user(),
+            user: GuestUser::of_host(),
         }
     }
 
@@ -150,7 +147,7 @@ impl DebianPlan {
             release: self.release.clone(),
             created,
             size: self.size,
-            user: self.user.clone(),
+            user: self.user.name.clone(),
             host_key,
             kernel,
             packages: names,
@@ -158,61 +155,9 @@ impl DebianPlan {
     }
 }
 
-/// The user of a guest: called as the host's, if a guest can have that one.
-pub fn default_user() -> String {
-    env::var("USER").ok().filter(|name| is_user(name)).unwrap_or_else(|| USER.into())
-}
-
-/// Whether a guest can have a user of this name: as Debian's `useradd` takes them, and nobody whom the system has.
-fn is_user(name: &str) -> bool {
-    const TAKEN: &[&str] = &[
-        "root",
-        "daemon",
-        "bin",
-        "sys",
-        "sync",
-        "games",
-        "man",
-        "lp",
-        "mail",
-        "news",
-        "uucp",
-        "proxy",
-        "backup",
-        "list",
-        "irc",
-        "nobody",
-        "sudo",
-        "adm",
-        "users",
-        "staff",
-        "sshd",
-        "tty",
-        "disk",
-        "kvm",
-        "messagebus",
-    ];
-    let plain = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || b"_-".contains(&byte);
-    name.len() <= 32
-        && name.bytes().all(plain)
-        && name.bytes().next().is_some_and(|first| first.is_ascii_lowercase())
-        && !TAKEN.contains(&name)
-        && !name.starts_with("systemd-")
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_user_is_one_that_debian_takes() {
-        for good in ["debian", "a", "jane-doe_2"] {
-            assert!(is_user(good), "{good}");
-        }
-        for bad in ["", "root", "Jane", "2x", "a b", "systemd-network", "x'y", &"a".repeat(33)] {
-            assert!(!is_user(bad), "{bad}");
-        }
-    }
 
     #[test]
     fn impossible_images_are_refused_before_anything_is_fetched() {

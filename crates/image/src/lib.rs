@@ -10,12 +10,14 @@ mod key;
 mod machine;
 mod parts;
 mod store;
+mod user;
 
-pub use build::{DebianPlan, default_user};
+pub use build::DebianPlan;
 pub use error::ImageError;
 pub use key::SshKey;
 pub use machine::{MachineRecord, Machines};
 pub use store::{Image, Images, Manifest};
+pub use user::GuestUser;
 
 /// The file system label of a system's root.
 const ROOT_LABEL: &str = "ruse-root";

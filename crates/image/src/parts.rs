@@ -6,7 +6,7 @@ use std::path::Path;
 
 use ruse_guest::SystemPackages;
 
-use crate::{ImageError, ROOT_LABEL};
+use crate::{GuestUser, ImageError, ROOT_LABEL};
 
 /// The scripts: one for the default guest, one for the new system.
 const BUILD: &str = include_str!("../assets/build.sh");
@@ -21,7 +21,7 @@ pub(crate) const UNPACK: &str = "mkdir /parts && tar -x -f /dev/vdb -C /parts &&
 /// What an image is to be like. All of it is plain words.
 pub(crate) struct Settings<'a> {
     /// Its user.
-    pub(crate) user: &'a str,
+    pub(crate) user: &'a GuestUser,
     /// What it is called in the network, unless a machine has another name.
     pub(crate) host: &'a str,
     /// Lines of `authorized_keys`.
@@ -34,7 +34,8 @@ impl Settings<'_> {
         let tools: Vec<_> =
             TOOLS.iter().filter_map(|name| packages.file_of(name)).map(|file| &*file.file).collect();
         let lines = [
-            ("NAME", self.user),
+            ("NAME", &*self.user.name),
+            ("ID", &self.user.id.to_string()),
             ("HOST", self.host),
             ("LABEL", ROOT_LABEL),
             ("KERNEL", &packages.kernel.file),
