@@ -59,7 +59,7 @@ fn unpack(package: &Path, out: &Path) {
         Want::new(&["boot/vmlinuz-*"], out.join("kernel")),
         Want::new(&["bin/tool", "usr/bin/tool"], out.join("tool")),
     ];
-    let result = extract(package, &wants);
+    let result = extract(&[package.to_owned()], &wants);
     let written = std::fs::read_dir(out).expect("a directory").count();
     match result {
         Ok(names) => assert_eq!((names.len(), written), (2, 2)),

@@ -8,10 +8,10 @@ fn main() -> Result<(), GuestError> {
     let plan = SystemPlan { release: "bookworm".into(), packages };
     let system = plan.fetch(&AptCommands::default(), dir.as_ref(), &mut Silent)?;
     println!(
-        "{} packages, {} of them first; kernel {}",
+        "{} packages, {} of them first; {} of the kernel",
         system.all.len(),
         system.base.len(),
-        system.kernel.file
+        system.kernel.len()
     );
     Ok(())
 }

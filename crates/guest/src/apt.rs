@@ -146,12 +146,21 @@ impl AptCommands {
     pub(crate) fn resolve(&self, packages: &[&str], prefix: &str) -> Result<String, GuestError> {
         for package in packages {
             match self.run(&self.cache, &["depends", package]) {
-                Ok(output) => return Ok(dependency(&output, prefix).unwrap_or(package.to_string())),
+                Ok(output) => {
+                    let other = dependencies(&output).find(|name| name.starts_with(prefix));
+                    return Ok(other.unwrap_or(package).to_owned());
+                }
                 Err(GuestError::Apt { .. }) => {}
                 Err(error) => return Err(error),
             }
         }
         Err(GuestError::UnknownPackage { packages: packages.join(" or ") })
+    }
+
+    /// The packages that `package` depends on.
+    pub(crate) fn dependencies(&self, package: &str) -> Result<Vec<String>, GuestError> {
+        let output = self.run(&self.cache, &["depends", package])?;
+        Ok(dependencies(&output).map(str::to_owned).collect())
     }
 
     /// Where the file of `package` is. Apt says nothing of a file that is in the directory already,
@@ -242,13 +251,10 @@ fn last_words(said: &str) -> String {
     }
 }
 
-/// The first dependency in the output of `apt-cache depends` whose name begins with `prefix`.
-fn dependency(output: &str, prefix: &str) -> Option<String> {
-    output
-        .lines()
-        .filter_map(|line| line.trim_start_matches([' ', '|']).strip_prefix("Depends: "))
-        .find(|name| name.starts_with(prefix))
-        .map(|name| name.trim().to_owned())
+/// The dependencies in the output of `apt-cache depends`.
+fn dependencies(output: &str) -> impl Iterator<Item = &str> {
+    let lines = output.lines().map(|line| line.trim_start_matches([' ', '|']));
+    lines.filter_map(|line| line.strip_prefix("Depends: ")).map(str::trim)
 }
 
 impl PackageFile {
@@ -319,11 +325,11 @@ mod tests {
     }
 
     #[test]
-    fn a_package_that_stands_for_another_is_followed() {
+    fn dependencies_are_read() {
         let output =
             "linux-image-cloud-amd64\n  Depends: init\n |Depends: linux-image-6.1-cloud\n  Recommends: x\n";
-        assert_eq!(dependency(output, "linux-image-").unwrap(), "linux-image-6.1-cloud");
-        assert_eq!(dependency("busybox-static\n  Conflicts: busybox\n", "busybox"), None);
+        assert_eq!(dependencies(output).collect::<Vec<_>>(), ["init", "linux-image-6.1-cloud"]);
+        assert_eq!(dependencies("busybox-static\n  Conflicts: busybox\n").count(), 0);
     }
 
     #[test]

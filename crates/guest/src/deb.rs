@@ -36,29 +36,36 @@ impl Want {
     }
 }
 
-/// Writes the wanted files of `package` to where they are wanted, and returns the name in the archive
-/// of each, in the order of `wants`. All of them have to be there.
-pub fn extract(package: &Path, wants: &[Want]) -> Result<Vec<String>, GuestError> {
-    require(package, wants, extract_some(package, wants)?)
+/// Writes the wanted files of some packages to where they are wanted, and returns the name in its archive of each, in the order
+/// of `wants`. All of them have to be there; where one is not, the error names the first package.
+pub fn extract(packages: &[PathBuf], wants: &[Want]) -> Result<Vec<String>, GuestError> {
+    require(packages, wants, extract_some(packages, wants)?)
 }
 
 /// The names of files all of which have to be there.
 pub(crate) fn require(
-    package: &Path,
+    packages: &[PathBuf],
     wants: &[Want],
     found: Vec<Option<String>>,
 ) -> Result<Vec<String>, GuestError> {
+    let path = packages.first().cloned().unwrap_or_default();
     let missing =
-        |want: &Want| GuestError::MissingMember { path: package.to_owned(), member: want.names.join(" or ") };
+        |want: &Want| GuestError::MissingMember { path: path.clone(), member: want.names.join(" or ") };
     found.into_iter().zip(wants).map(|(name, want)| name.ok_or_else(|| missing(want))).collect()
 }
 
 /// As [`extract`], with `None` for those that are not there.
-pub fn extract_some(package: &Path, wants: &[Want]) -> Result<Vec<Option<String>>, GuestError> {
+pub(crate) fn extract_some(packages: &[PathBuf], wants: &[Want]) -> Result<Vec<Option<String>>, GuestError> {
+    let mut found = vec![None; wants.len()];
+    packages.iter().try_for_each(|package| extract_more(package, wants, &mut found))?;
+    Ok(found)
+}
+
+/// Writes those of the wanted files that have not been found in other packages.
+fn extract_more(package: &Path, wants: &[Want], found: &mut [Option<String>]) -> Result<(), GuestError> {
     let bad = |error: io::Error| GuestError::BadPackage { path: package.to_owned(), why: error.to_string() };
     let file = File::open(package).map_err(GuestError::io("open", package))?;
     let mut archive = tar::Archive::new(data_member(BufReader::new(file)).map_err(bad)?);
-    let mut found = vec![None; wants.len()];
     for entry in archive.entries().map_err(bad)? {
         let mut entry = entry.map_err(bad)?;
         if !entry.header().entry_type().is_file() {
@@ -79,7 +86,7 @@ pub fn extract_some(package: &Path, wants: &[Want]) -> Result<Vec<Option<String>
             break;
         }
     }
-    Ok(found)
+    Ok(())
 }
 
 /// Unpacks a file in its place that is packed in a way of [`decompressor`].
@@ -217,7 +224,7 @@ pub(crate) mod tests {
         std::fs::write(&path, bytes).unwrap();
         let wants: Vec<Want> =
             wants.iter().map(|(names, to)| Want::new(names, dir.path().join(to))).collect();
-        let result = extract(&path, &wants);
+        let result = extract(&[path], &wants);
         (dir, result)
     }
 
@@ -279,7 +286,7 @@ pub(crate) mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("p.deb");
         std::fs::write(&path, package(".gz", &files)).unwrap();
-        let found = extract_some(&path, &modules::wants(dir.path())).unwrap();
+        let found = extract_some(&[path], &modules::wants(dir.path())).unwrap();
         let names = modules::unpack(dir.path(), &found).unwrap();
         assert_eq!(names, ["virtio_blk.ko", "virtio.ko"]);
         let kinds = modules::read(dir.path(), &names).unwrap();

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::slice;
 
 use serde::{Deserialize, Serialize};
 
@@ -9,12 +10,11 @@ use crate::apt::AptCommands;
 use crate::cache::{self, CacheLock};
 use crate::deb::{self, Want};
 use crate::fetch::fetch;
-use crate::kernel::{CONFIG, Kernel, VMLINUZ, write_initrd};
+use crate::kernel::{self, CONFIG, Kernel, VMLINUZ, write_initrd};
 use crate::{GuestError, Initramfs, PackageFile, Progress, modules};
 
 /// Packages that bring a kernel for virtual machines: Debian's, then Ubuntu's.
 const KERNEL_PACKAGES: &[&str] = &["linux-image-cloud-amd64", "linux-image-virtual"];
-const KERNEL_PREFIX: &str = "linux-image-";
 const BUSYBOX_PACKAGE: &str = "busybox-static";
 
 /// The file that names what is prepared.
@@ -64,6 +64,20 @@ struct Fetched {
     name: String,
     file: PackageFile,
     path: PathBuf,
+}
+
+impl Fetched {
+    /// Its name and version.
+    fn words(&self) -> String {
+        format!("{} {}", self.name, self.file.version())
+    }
+}
+
+/// What the guest is made of.
+struct Packages {
+    /// The first is called by the kernel's name.
+    kernel: Vec<Fetched>,
+    busybox: Fetched,
 }
 
 impl DefaultGuest {
@@ -155,9 +169,9 @@ impl DefaultGuest {
     fn install(&self, progress: &mut dyn Progress) -> Result<Manifest, GuestError> {
         let downloads = self.dir.join("downloads");
         fs::create_dir_all(&downloads).map_err(GuestError::io("create", &downloads))?;
-        let [kernel, busybox] = self.fetch_packages(&downloads, progress)?;
+        let packages = self.fetch_packages(&downloads, progress)?;
         progress.step("unpacking");
-        let manifest = self.unpack(&kernel, &busybox)?;
+        let manifest = self.unpack(&packages)?;
         let text = serde_json::to_vec_pretty(&manifest).expect("a manifest is plain data");
         cache::write_whole(&self.dir.join(MANIFEST), &text)?;
         if let Err(error) = fs::remove_dir_all(&downloads) {
@@ -168,7 +182,7 @@ impl DefaultGuest {
 
     /// Fetches by the machine's own lists of packages; where they are empty or out of date, by lists
     /// fetched for this.
-    fn fetch_packages(&self, dir: &Path, progress: &mut dyn Progress) -> Result<[Fetched; 2], GuestError> {
+    fn fetch_packages(&self, dir: &Path, progress: &mut dyn Progress) -> Result<Packages, GuestError> {
         let error = match self.fetch_by(&self.apt, dir, progress) {
             Err(error) if error.may_be_old_lists() => error,
             done => return done,
@@ -184,32 +198,33 @@ impl DefaultGuest {
         apt: &AptCommands,
         dir: &Path,
         progress: &mut dyn Progress,
-    ) -> Result<[Fetched; 2], GuestError> {
+    ) -> Result<Packages, GuestError> {
         progress.step("asking apt for the packages");
         let empty = dir.join("empty");
         cache::fresh_dir(&empty)?;
-        let mut plan = Vec::new();
-        for name in [apt.resolve(self.kernels, KERNEL_PREFIX)?, BUSYBOX_PACKAGE.to_owned()] {
-            let file = apt.locate(&name, &empty)?;
-            plan.push((name, file));
-        }
-        let mut get = |(name, file): (String, PackageFile)| {
+        let locate = |name: String| Ok((apt.locate(&name, &empty)?, name));
+        let kernel: Vec<_> =
+            kernel::packages(apt, self.kernels)?.into_iter().map(locate).collect::<Result<_, _>>()?;
+        let busybox = locate(BUSYBOX_PACKAGE.to_owned())?;
+        let mut get = |(file, name): (PackageFile, String)| {
             progress.step(&format!("fetching {name} {}", file.version()));
             let path = fetch(apt, &name, &file, dir, progress)?;
             Ok(Fetched { name, file, path })
         };
-        let busybox = plan.pop().expect("two packages are planned");
-        let kernel = plan.pop().expect("two packages are planned");
-        Ok([get(kernel)?, get(busybox)?])
+        Ok(Packages {
+            kernel: kernel.into_iter().map(&mut get).collect::<Result<_, _>>()?,
+            busybox: get(busybox)?,
+        })
     }
 
     /// Unpacks what is needed into a directory beside, and renames it into its place.
-    fn unpack(&self, kernel: &Fetched, busybox: &Fetched) -> Result<Manifest, GuestError> {
+    fn unpack(&self, Packages { kernel, busybox }: &Packages) -> Result<Manifest, GuestError> {
         let beside = self.dir.join("unpacking");
         cache::fresh_dir(&beside)?;
-        let Kernel { release, modules } = Kernel::unpack(&kernel.path, &beside)?;
+        let paths: Vec<_> = kernel.iter().map(|package| package.path.clone()).collect();
+        let Kernel { release, modules } = Kernel::unpack(&paths, &beside)?;
         let applets = Want::new(&["bin/busybox", "usr/bin/busybox"], beside.join("busybox"));
-        deb::extract(&busybox.path, &[applets])?;
+        deb::extract(slice::from_ref(&busybox.path), &[applets])?;
 
         let mut files = Vec::new();
         for name in [VMLINUZ, CONFIG, "busybox"].into_iter().chain(modules.iter().map(|name| &**name)) {
@@ -217,17 +232,16 @@ impl DefaultGuest {
             let size = fs::metadata(&path).map_err(GuestError::io("read", &path))?.len();
             files.push((name.to_owned(), size));
         }
-        let packages =
-            [kernel, busybox].map(|package| format!("{} {}", package.name, package.file.version()));
         // A name of its own for what has other files in it than earlier versions made.
-        let directory = file_name(&format!("{}+{}", packages.join("+"), modules::recipe()));
+        let directory = [kernel[0].words(), busybox.words(), modules::recipe()].join("+");
+        let directory = file_name(&directory);
         let place = self.dir.join(&directory);
         cache::fresh_dir(&place)?;
         fs::rename(&beside, &place).map_err(GuestError::io("replace", &place))?;
         Ok(Manifest {
             directory,
             release,
-            packages: packages.into(),
+            packages: kernel.iter().chain([busybox]).map(Fetched::words).collect(),
             files,
             modules,
             recipe: modules::recipe(),

@@ -1,15 +1,31 @@
-//! A kernel's package: the kernel itself, and an initramfs with the modules that its disks need.
+//! A kernel's packages: the kernel itself, and an initramfs with the modules that its disks need.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use crate::deb::{self, Want};
-use crate::{GuestError, Initramfs, cache, modules};
+use crate::{AptCommands, GuestError, Initramfs, cache, modules};
 
 /// The kernel's file.
 pub(crate) const VMLINUZ: &str = "vmlinuz";
 /// The file of the configuration that it was built with.
 pub(crate) const CONFIG: &str = "config";
+
+/// What the name of a kernel's package begins with. Its release follows.
+const IMAGE: &str = "linux-image-";
+
+/// The packages of a kernel: the one that the first of `names` that apt knows stands for, and those that it depends on of the
+/// same release. Debian until 13 has all in one; later ones, and Ubuntu, have modules and configuration in others.
+pub(crate) fn packages(apt: &AptCommands, names: &[&str]) -> Result<Vec<String>, GuestError> {
+    let image = apt.resolve(names, IMAGE)?;
+    let release = image.strip_prefix(IMAGE).unwrap_or(&image);
+    let is_part = |name: &String| {
+        let kind = name.strip_suffix(release).and_then(|rest| rest.strip_prefix("linux-"));
+        *name != image && kind.is_some_and(|kind| kind.ends_with('-'))
+    };
+    let parts: Vec<_> = apt.dependencies(&image)?.into_iter().filter(is_part).collect();
+    Ok([vec![image], parts].concat())
+}
 
 /// A kernel that has been unpacked.
 pub(crate) struct Kernel {
@@ -20,19 +36,26 @@ pub(crate) struct Kernel {
 }
 
 impl Kernel {
-    /// Unpacks the kernel of a package into `dir`.
-    pub(crate) fn unpack(package: &Path, dir: &Path) -> Result<Self, GuestError> {
+    /// Unpacks the kernel of some packages, of which one is called by its name, into `dir`.
+    pub(crate) fn unpack(packages: &[PathBuf], dir: &Path) -> Result<Self, GuestError> {
         let mut wants = vec![
-            Want::new(&["boot/vmlinuz-*"], dir.join(VMLINUZ)),
-            Want::new(&["boot/config-*"], dir.join(CONFIG)),
+            Want::new(&["boot/vmlinuz-*", "usr/lib/modules/*/vmlinuz"], dir.join(VMLINUZ)),
+            Want::new(&["boot/config-*", "usr/lib/modules/*/config"], dir.join(CONFIG)),
         ];
         let needed = wants.len();
         wants.extend(modules::wants(dir));
-        let mut found = deb::extract_some(package, &wants)?;
+        let mut found = deb::extract_some(packages, &wants)?;
         let modules = modules::unpack(dir, &found.split_off(needed))?;
-        let names = deb::require(package, &wants[..needed], found)?;
-        Ok(Self { release: names[0].trim_start_matches("boot/vmlinuz-").to_owned(), modules })
+        let names = deb::require(packages, &wants[..needed], found)?;
+        Ok(Self { release: release(&names[0]).to_owned(), modules })
     }
+}
+
+/// The release in the name of a kernel's file, `boot/vmlinuz-RELEASE` or `usr/lib/modules/RELEASE/vmlinuz`.
+fn release(file: &str) -> &str {
+    file.trim_end_matches("/vmlinuz")
+        .trim_start_matches("boot/vmlinuz-")
+        .trim_start_matches("usr/lib/modules/")
 }
 
 /// Writes an initramfs with modules out of `dir`, which are loaded where there are devices for them.

@@ -9,14 +9,13 @@ use std::path::{Path, PathBuf};
 
 use crate::apt::{AptCommands, PackageFile};
 use crate::fetch::{fetch, fetch_all};
-use crate::kernel::{Kernel, VMLINUZ, write_initrd};
+use crate::kernel::{self, Kernel, VMLINUZ, write_initrd};
 use crate::{GuestError, Progress, cache};
 
 /// Enough for any package's scripts to run.
 const BASE: &[&str] = &["?essential", "usr-is-merged"];
 /// Brings the kernel.
 const KERNEL: &str = "linux-image-cloud-amd64";
-const KERNEL_PREFIX: &str = "linux-image-";
 /// What signs Debian's archives, where the machine has it.
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 /// Debian's own archives, for a machine whose apt has none.
@@ -45,8 +44,8 @@ pub struct SystemPackages {
     pub all: Vec<PackageFile>,
     /// Names of files of those that have to be there before a package's scripts can run.
     pub base: Vec<String>,
-    /// The kernel, which is not among the others.
-    pub kernel: PackageFile,
+    /// The kernel's, which are not among the others.
+    pub kernel: Vec<PackageFile>,
     /// What the system's own apt is to fetch from.
     pub sources: String,
 }
@@ -57,7 +56,8 @@ impl SystemPackages {
     pub fn write_kernel(&self, busybox: &Path, dir: &Path) -> Result<String, GuestError> {
         let unpacked = self.dir.join("kernel");
         cache::fresh_dir(&unpacked)?;
-        let kernel = Kernel::unpack(&self.dir.join(&self.kernel.file), &unpacked)?;
+        let packages: Vec<_> = self.kernel.iter().map(|package| self.dir.join(&package.file)).collect();
+        let kernel = Kernel::unpack(&packages, &unpacked)?;
         let vmlinuz = dir.join(VMLINUZ);
         fs::copy(unpacked.join(VMLINUZ), &vmlinuz).map_err(GuestError::io("write", &vmlinuz))?;
         write_initrd(busybox, &unpacked, &kernel.modules, &dir.join("initrd"))?;
@@ -121,18 +121,21 @@ impl SystemPlan {
     ) -> Result<SystemPackages, GuestError> {
         let base: Vec<_> = BASE.iter().map(|name| name.to_string()).collect();
         let wanted = [&base[..], &self.packages].concat();
-        let kernel_name = apt.resolve(&[KERNEL], KERNEL_PREFIX)?;
+        let kernel_names = kernel::packages(apt, &[KERNEL])?;
         let empty = dir.join("empty");
         cache::fresh_dir(&empty)?;
         let all = apt.closure(&wanted, &empty)?;
         let base = apt.closure(&base, &empty)?.into_iter().map(|file| file.file).collect();
-        let kernel = apt.locate(&kernel_name, &empty)?;
-        progress.step(&format!("fetching {} packages", all.len() + 1));
+        let kernel: Vec<_> =
+            kernel_names.iter().map(|name| apt.locate(name, &empty)).collect::<Result<_, _>>()?;
+        progress.step(&format!("fetching {} packages", all.len() + kernel.len()));
         let packages = dir.join("packages");
         fs::create_dir_all(packages.join("partial")).map_err(GuestError::io("create", &packages))?;
         fetch_all(apt, &wanted, &all, &packages, progress)?;
-        progress.step(&format!("fetching {kernel_name}"));
-        fetch(apt, &kernel_name, &kernel, &packages, progress)?;
+        for (name, file) in kernel_names.iter().zip(&kernel) {
+            progress.step(&format!("fetching {name}"));
+            fetch(apt, name, file, &packages, progress)?;
+        }
         Ok(SystemPackages { dir: packages, all, base, kernel, sources: sources.to_owned() })
     }
 }

@@ -32,7 +32,9 @@ impl Archive {
         archive.script("apt-get", &format!(
             "case \"$*\" in\n\
              *update*) [ -e $A/no-network ] && {{ echo 'E: no network' >&2; exit 100; }}; rm -f $A/no-lists; exit 0;;\n\
-             *linux-image*) f={KERNEL};;\n *) f={BUSYBOX};;\nesac\n\
+             *linux-image*) f={KERNEL};;\n\
+             *linux-*) f=$(echo \"$*\" | grep -o 'linux-[a-z]*-6.1-cloud')_6.1.2-3_amd64.deb;;\n\
+             *) f={BUSYBOX};;\nesac\n\
              s=$(stat -c %s $A/pool/$f); h=$(cat $A/$f.sum 2>/dev/null || sha256sum < $A/pool/$f | cut -c-64)\n\
              case \"$*\" in\n\
              *print-uris*) [ -e $f ] || echo \"'file:$A/pool/$f' $f $s SHA256:$h\";;\n\
@@ -120,7 +122,36 @@ fn another_kernel_can_be_asked_for() {
     assert_eq!(read(&guest.prepare(&mut Silent).unwrap().kernel), [5; 9000]);
     let calls = fs::read_to_string(archive.path("calls")).unwrap();
     let asked: Vec<_> = calls.lines().filter_map(|call| call.split_once(" depends ")).collect();
-    assert_eq!(asked.iter().map(|(_, package)| *package).collect::<Vec<_>>(), ["linux-image-other"]);
+    let asked: Vec<_> = asked.iter().map(|(_, package)| *package).collect();
+    assert_eq!(asked, ["linux-image-other", "linux-image-6.1-cloud"]);
+}
+
+#[test]
+fn a_kernel_may_be_in_several_packages() {
+    let archive = Archive::new();
+    let pool = archive.path("pool");
+    fs::write(pool.join(KERNEL), package(&[("./usr/share/doc/x", b"")])).unwrap();
+    for (part, file) in
+        [("base", "config"), ("binary", "vmlinuz"), ("modules", "kernel/drivers/virtio/virtio.ko")]
+    {
+        let name = format!("./usr/lib/modules/6.1-cloud/{file}");
+        let package = package(&[(&name, part.as_bytes())]);
+        fs::write(pool.join(format!("linux-{part}-6.1-cloud_6.1.2-3_amd64.deb")), package).unwrap();
+    }
+    let parts = "linux-base linux-base-6.1-cloud linux-binary-6.1-cloud linux-modules-6.1-cloud x-6.1-cloud";
+    archive.script(
+        "apt-cache",
+        &format!(
+            "case \"$*\" in *6.1-cloud) set {parts};; *) set linux-image-6.1-cloud;; esac\n\
+             printf '  Depends: %s\\n' \"$@\"\n"
+        ),
+    );
+    let files = archive.prepare().unwrap();
+    assert_eq!((read(&files.kernel), read(&files.config)), (b"binary".to_vec(), b"base".to_vec()));
+    assert_eq!(files.release, "6.1-cloud");
+    let names: Vec<_> = files.packages.iter().filter_map(|package| package.split('-').nth(1)).collect();
+    assert_eq!(names, ["image", "base", "binary", "modules", "static 1:1.35"]);
+    assert!(String::from_utf8_lossy(&read(&files.initrd)).contains("virtio.ko"));
 }
 
 #[test]
@@ -218,7 +249,7 @@ fn two_runs_at_the_same_time_fetch_once() {
         let files: Vec<_> = runs.into_iter().map(|run| run.join().unwrap()).collect();
         assert!(files.iter().all(|file| file == &files[0]));
     });
-    assert_eq!(archive.calls(), 5, "one question, two places, two downloads");
+    assert_eq!(archive.calls(), 6, "two questions, two places, two downloads");
 }
 
 #[test]

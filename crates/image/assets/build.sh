@@ -39,8 +39,10 @@ dpkg-deb -c "/parts/packages/$base_files" | grep -q ' \./bin -> ' || merge_usr /
 unpack /mnt "$base_files"
 # shellcheck disable=SC2046
 unpack /mnt $(grep -v '^base-files_' /parts/base)
-unpack /mnt "$KERNEL"
-rm -r /mnt/boot/* /mnt/usr/share/doc/linux-image-*
+# shellcheck disable=SC2086
+unpack /mnt $KERNEL
+# The kernel itself is outside, wherever the release has it.
+rm -rf /mnt/boot/* /mnt/lib/modules/*/vmlinuz /mnt/usr/share/doc/linux-*
 
 mkdir -p /mnt/parts
 mount -o bind /parts /mnt/parts

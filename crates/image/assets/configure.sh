@@ -34,6 +34,7 @@ printf '127.0.0.1 localhost\n127.0.1.1 %s\n::1 localhost ip6-localhost ip6-loopb
 echo "LABEL=$LABEL / ext4 defaults,noatime 0 0" > /etc/fstab
 cp /parts/sources.list /etc/apt/sources.list
 ln -sf /usr/share/zoneinfo/UTC /etc/localtime
+echo LANG=C.UTF-8 > /etc/default/locale
 # Each machine has an identity of its own, from its kernel command line.
 : > /etc/machine-id
 

@@ -33,12 +33,13 @@ impl Settings<'_> {
     fn script(&self, packages: &SystemPackages) -> String {
         let tools: Vec<_> =
             TOOLS.iter().filter_map(|name| packages.file_of(name)).map(|file| &*file.file).collect();
+        let kernel: Vec<_> = packages.kernel.iter().map(|file| &*file.file).collect();
         let lines = [
             ("NAME", &*self.user.name),
             ("ID", &self.user.id.to_string()),
             ("HOST", self.host),
             ("LABEL", ROOT_LABEL),
-            ("KERNEL", &packages.kernel.file),
+            ("KERNEL", &kernel.join(" ")),
             ("TOOLS", &tools.join(" ")),
         ];
         lines.iter().map(|(name, value)| format!("{name}='{value}'\n")).collect()
@@ -65,7 +66,7 @@ pub(crate) fn write(path: &Path, packages: &SystemPackages, settings: &Settings)
             header.set_mode(0o644);
             archive.append_data(&mut header, name, content.as_bytes())?;
         }
-        for name in all.iter().chain([&&*packages.kernel.file]) {
+        for name in all.into_iter().chain(packages.kernel.iter().map(|file| &*file.file)) {
             archive.append_path_with_name(packages.dir.join(name), format!("packages/{name}"))?;
         }
         archive.into_inner()?.into_inner().map_err(|error| error.into_error())?.sync_all()

@@ -49,12 +49,12 @@ impl Image {
     }
 }
 
-/// The modules for the guest's kernel, from its package, which is fetched once.
+/// The modules for the guest's kernel, from its packages, which are fetched once.
 fn modules(guest: &GuestFiles) -> Result<Vec<Module>> {
     let directory = directory()?.join(&guest.release);
     let name = |path: &str| path.rsplit('/').next().unwrap_or(path).to_owned();
     if !MODULES.iter().all(|path| directory.join(name(path)).is_file()) {
-        let package = fetch(guest, &directory)?;
+        let packages = fetch(guest, &directory)?;
         let wants: Vec<_> = MODULES
             .iter()
             .map(|path| {
@@ -62,8 +62,8 @@ fn modules(guest: &GuestFiles) -> Result<Vec<Module>> {
                 Want::new(&[&path_in(""), &path_in("usr/")], directory.join(name(path)))
             })
             .collect();
-        deb::extract(&package, &wants)?;
-        fs::remove_file(&package)?;
+        deb::extract(&packages, &wants)?;
+        packages.iter().try_for_each(fs::remove_file)?;
     }
     MODULES
         .iter()
@@ -74,26 +74,26 @@ fn modules(guest: &GuestFiles) -> Result<Vec<Module>> {
         .collect()
 }
 
-/// Fetches the package of the guest's kernel.
-fn fetch(guest: &GuestFiles, directory: &Path) -> Result<PathBuf> {
-    let described = guest.packages.iter().find(|package| package.starts_with("linux-"));
-    let (name, version) = described
-        .and_then(|package| package.split_once(' '))
-        .context("the default guest does not say which package its kernel is from")?;
-    eprintln!("fetching {name} {version}");
+/// Fetches the packages of the guest's kernel.
+fn fetch(guest: &GuestFiles, directory: &Path) -> Result<Vec<PathBuf>> {
+    let kernels = guest.packages.iter().filter(|package| package.starts_with("linux-"));
+    let wanted: Vec<_> = kernels.map(|package| package.replacen(' ', "=", 1)).collect();
+    ensure!(!wanted.is_empty(), "the default guest does not say which packages its kernel is from");
+    eprintln!("fetching {}", wanted.join(", "));
     fs::create_dir_all(directory)?;
     let output = Command::new("apt-get")
-        .args(["-q", "download", &format!("{name}={version}")])
+        .args(["-q", "download"])
+        .args(&wanted)
         .current_dir(directory)
         .output()
         .context("running apt-get")?;
     if !output.status.success() {
-        bail!("apt-get download {name}={version}:\n{}", String::from_utf8_lossy(&output.stderr));
+        bail!("apt-get download {}:\n{}", wanted.join(" "), String::from_utf8_lossy(&output.stderr));
     }
     let files = fs::read_dir(directory)?.filter_map(|entry| Some(entry.ok()?.path()));
-    let mut packages: Vec<_> = files.filter(|path| path.extension().is_some_and(|e| e == "deb")).collect();
-    ensure!(packages.len() == 1, "not one package in {}: {packages:?}", directory.display());
-    Ok(packages.remove(0))
+    let packages: Vec<_> = files.filter(|path| path.extension().is_some_and(|e| e == "deb")).collect();
+    ensure!(packages.len() == wanted.len(), "other packages in {}: {packages:?}", directory.display());
+    Ok(packages)
 }
 
 /// Where the lab's files are, beside what cargo builds.

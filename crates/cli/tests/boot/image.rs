@@ -87,7 +87,10 @@ fn a_debian_is_built_from_another_release() {
     user.ask(&["image", "build", "debian", "--release", "trixie", "--name", "d"]);
     let mut machine = start(&user, &[]);
     assert_eq!(machine.ask("systemctl is-system-running --wait"), "running");
-    assert_eq!(machine.ask("dpkg --audit | wc -l; cut -d . -f 1 /etc/debian_version"), "0 13");
+    assert_eq!(
+        machine.ask("dpkg --audit | wc -l; cut -d . -f 1 /etc/debian_version; locale charmap"),
+        "0 13 UTF-8"
+    );
     assert_eq!(user.ask(&["ssh", "d", "sudo id -u"]), "0\n");
     user.ask(&["stop", "d"]);
     machine.end().with_code(0);
