@@ -100,6 +100,16 @@ echo 'net.ipv4.ping_group_range = 0 2147483647' > /etc/sysctl.d/50-ping.conf
 mkdir -p /etc/systemd/resolved.conf.d
 printf '[Resolve]\nLLMNR=no\nMulticastDNS=no\n' > /etc/systemd/resolved.conf.d/ruse.conf
 
+# The clock is the host's, which KVM's interfaces tell: a real-time clock has whole seconds only, and a machine that was held
+# has missed some.
+sed -i '/^pool/d' /etc/chrony/chrony.conf
+printf 'refclock PHC /dev/ptp0 poll 2 dpoll 1\nmakestep 0.05 -1\n' > /etc/chrony/conf.d/ruse.conf
+mkdir -p /etc/systemd/system/chrony.service.d
+cat > /etc/systemd/system/chrony.service.d/ruse.conf << END
+[Service]
+ExecCondition=+/bin/sh -c 'modprobe -q ptp_kvm; [ -e /dev/ptp0 ]'
+END
+
 # The host knows the system's SSH key and its user, so cloud-init keeps them. There are no locales but those of the C library.
 if [ -d /etc/cloud/cloud.cfg.d ]; then
     cat > /etc/cloud/cloud.cfg.d/90_ruse.cfg << END

@@ -15,6 +15,7 @@ use crate::{GuestUser, Image, ImageError, Images, SshKey};
 const PACKAGES: &[&str] = &[
     "apt",
     "ca-certificates",
+    "chrony",
     "dbus",
     "e2fsprogs",
     "init",

@@ -71,6 +71,9 @@ fn what_is_wrong_with_an_image_is_told_in_a_line() {
     user.ask(&["image", "remove", "broken"]);
 }
 
+/// Whether a machine of an image has the host's time, to 10 ms, within 20 s.
+const HAS_TIME: &str = "chronyc waitsync 20 0.01 0 1 > /dev/null && echo yes";
+
 /// A machine of the image `d`, logged in at its console.
 fn start(user: &User, words: &[&str]) -> Machine {
     let words = [&["run", "d", "--accel", "dbt", "--cpus", "2"], words].concat();
@@ -87,6 +90,7 @@ fn a_debian_is_built_from_another_release() {
     user.ask(&["image", "build", "debian", "--release", "trixie", "--name", "d"]);
     let mut machine = start(&user, &[]);
     assert_eq!(machine.ask("systemctl is-system-running --wait"), "running");
+    assert_eq!(machine.ask(HAS_TIME), "yes");
     assert_eq!(
         machine.ask("dpkg --audit | wc -l; cut -d . -f 1 /etc/debian_version; locale charmap"),
         "0 13 UTF-8"
@@ -107,6 +111,7 @@ fn a_debian_is_built_boots_and_keeps_what_is_written() {
     assert_eq!(machine.ask("file -b /proc/self/exe | cut -c 1-8"), "symbolic");
     assert_eq!(machine.ask("dpkg --audit | wc -l"), "0");
     assert_eq!(machine.ask("sudo id -u"), "0");
+    assert_eq!(machine.ask(HAS_TIME), "yes");
     assert_eq!(
         machine.ask("timeout 3 getent hosts UNKNOWN; echo $?"),
         "2",
