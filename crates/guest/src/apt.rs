@@ -285,6 +285,11 @@ impl PackageFile {
         self.file.split('_').next().unwrap_or("")
     }
 
+    /// Its name and version, as one reads them.
+    pub fn described(&self) -> String {
+        format!("{} {}", self.package(), self.version())
+    }
+
     /// The package's version, from the file's name (`NAME_VERSION_ARCH.deb`).
     pub fn version(&self) -> String {
         self.file.split('_').nth(1).unwrap_or("unknown").replace("%3a", ":")

@@ -61,16 +61,8 @@ struct Manifest {
 
 /// A package that has been fetched.
 struct Fetched {
-    name: String,
     file: PackageFile,
     path: PathBuf,
-}
-
-impl Fetched {
-    /// Its name and version.
-    fn words(&self) -> String {
-        format!("{} {}", self.name, self.file.version())
-    }
 }
 
 /// What the guest is made of.
@@ -202,14 +194,12 @@ impl DefaultGuest {
         progress.step("asking apt for the packages");
         let empty = dir.join("empty");
         cache::fresh_dir(&empty)?;
-        let locate = |name: String| Ok((apt.locate(&name, &empty)?, name));
-        let kernel: Vec<_> =
-            kernel::packages(apt, self.kernels)?.into_iter().map(locate).collect::<Result<_, _>>()?;
-        let busybox = locate(BUSYBOX_PACKAGE.to_owned())?;
-        let mut get = |(file, name): (PackageFile, String)| {
-            progress.step(&format!("fetching {name} {}", file.version()));
-            let path = fetch(apt, &name, &file, dir, progress)?;
-            Ok(Fetched { name, file, path })
+        let kernel = kernel::packages(apt, self.kernels, &empty)?;
+        let busybox = apt.locate(BUSYBOX_PACKAGE, &empty)?;
+        let mut get = |file: PackageFile| {
+            progress.step(&format!("fetching {}", file.described()));
+            let path = fetch(apt, &file, dir, progress)?;
+            Ok(Fetched { file, path })
         };
         Ok(Packages {
             kernel: kernel.into_iter().map(&mut get).collect::<Result<_, _>>()?,
@@ -233,7 +223,7 @@ impl DefaultGuest {
             files.push((name.to_owned(), size));
         }
         // A name of its own for what has other files in it than earlier versions made.
-        let directory = [kernel[0].words(), busybox.words(), modules::recipe()].join("+");
+        let directory = [kernel[0].file.described(), busybox.file.described(), modules::recipe()].join("+");
         let directory = file_name(&directory);
         let place = self.dir.join(&directory);
         cache::fresh_dir(&place)?;
@@ -241,7 +231,7 @@ impl DefaultGuest {
         Ok(Manifest {
             directory,
             release,
-            packages: kernel.iter().chain([busybox]).map(Fetched::words).collect(),
+            packages: kernel.iter().chain([busybox]).map(|package| package.file.described()).collect(),
             files,
             modules,
             recipe: modules::recipe(),

@@ -14,10 +14,9 @@ use crate::{AptCommands, GuestError, PackageFile, Progress};
 /// How often the growing file is looked at.
 const POLL: Duration = Duration::from_millis(50);
 
-/// Downloads `package` into `dir` and returns the path of its file, whose size and checksum are right.
+/// Downloads the package of `file` into `dir` and returns the path there, where size and checksum are right.
 pub(crate) fn fetch(
     apt: &AptCommands,
-    package: &str,
     file: &PackageFile,
     dir: &Path,
     progress: &mut dyn Progress,
@@ -26,12 +25,12 @@ pub(crate) fn fetch(
     if is_whole(&path, file)? {
         return Ok(path);
     }
-    download(apt, package, file, dir, progress)?;
+    download(apt, file, dir, progress)?;
     if is_whole(&path, file)? {
         return Ok(path);
     }
     // What was resumed may have begun as something else: once more, from nothing.
-    download(apt, package, file, dir, progress)?;
+    download(apt, file, dir, progress)?;
     match verify(&path, file) {
         Ok(()) => Ok(path),
         Err(error) => {
@@ -58,14 +57,13 @@ fn is_whole(path: &Path, file: &PackageFile) -> Result<bool, GuestError> {
 
 fn download(
     apt: &AptCommands,
-    package: &str,
     file: &PackageFile,
     dir: &Path,
     progress: &mut dyn Progress,
 ) -> Result<(), GuestError> {
     let log = dir.join("apt.log");
-    let child = apt.download(package, dir, &log)?;
-    watch(apt, child, package, std::slice::from_ref(file), dir, &log, progress)
+    let child = apt.download(file.package(), dir, &log)?;
+    watch(apt, child, file.package(), std::slice::from_ref(file), dir, &log, progress)
 }
 
 /// Waits until apt has downloaded `files`, and tells how far it is.

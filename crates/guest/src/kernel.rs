@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use crate::deb::{self, Want};
-use crate::{AptCommands, GuestError, Initramfs, cache, modules};
+use crate::{AptCommands, GuestError, Initramfs, PackageFile, cache, modules};
 
 /// The kernel's file.
 pub(crate) const VMLINUZ: &str = "vmlinuz";
@@ -15,16 +15,21 @@ pub(crate) const CONFIG: &str = "config";
 const IMAGE: &str = "linux-image-";
 
 /// The packages of a kernel: the one that the first of `names` that apt knows stands for, and those that it depends on of the
-/// same release. Debian until 13 has all in one; later ones, and Ubuntu, have modules and configuration in others.
-pub(crate) fn packages(apt: &AptCommands, names: &[&str]) -> Result<Vec<String>, GuestError> {
+/// same release. Debian until 13 has all in one; later ones, and Ubuntu, have modules and configuration in others. Apt is
+/// asked for them in a directory that is `empty`.
+pub(crate) fn packages(
+    apt: &AptCommands,
+    names: &[&str],
+    empty: &Path,
+) -> Result<Vec<PackageFile>, GuestError> {
     let image = apt.resolve(names, IMAGE)?;
     let release = image.strip_prefix(IMAGE).unwrap_or(&image);
     let is_part = |name: &String| {
         let kind = name.strip_suffix(release).and_then(|rest| rest.strip_prefix("linux-"));
         *name != image && kind.is_some_and(|kind| kind.ends_with('-'))
     };
-    let parts: Vec<_> = apt.dependencies(&image)?.into_iter().filter(is_part).collect();
-    Ok([vec![image], parts].concat())
+    let parts = apt.dependencies(&image)?.into_iter().filter(is_part);
+    [image.clone()].into_iter().chain(parts).map(|name| apt.locate(&name, empty)).collect()
 }
 
 /// A kernel that has been unpacked.

@@ -121,20 +121,18 @@ impl SystemPlan {
     ) -> Result<SystemPackages, GuestError> {
         let base: Vec<_> = BASE.iter().map(|name| name.to_string()).collect();
         let wanted = [&base[..], &self.packages].concat();
-        let kernel_names = kernel::packages(apt, &[KERNEL])?;
         let empty = dir.join("empty");
         cache::fresh_dir(&empty)?;
+        let kernel = kernel::packages(apt, &[KERNEL], &empty)?;
         let all = apt.closure(&wanted, &empty)?;
         let base = apt.closure(&base, &empty)?.into_iter().map(|file| file.file).collect();
-        let kernel: Vec<_> =
-            kernel_names.iter().map(|name| apt.locate(name, &empty)).collect::<Result<_, _>>()?;
         progress.step(&format!("fetching {} packages", all.len() + kernel.len()));
         let packages = dir.join("packages");
         fs::create_dir_all(packages.join("partial")).map_err(GuestError::io("create", &packages))?;
         fetch_all(apt, &wanted, &all, &packages, progress)?;
-        for (name, file) in kernel_names.iter().zip(&kernel) {
-            progress.step(&format!("fetching {name}"));
-            fetch(apt, name, file, &packages, progress)?;
+        for file in &kernel {
+            progress.step(&format!("fetching {}", file.package()));
+            fetch(apt, file, &packages, progress)?;
         }
         Ok(SystemPackages { dir: packages, all, base, kernel, sources: sources.to_owned() })
     }

@@ -144,8 +144,7 @@ impl DebianPlan {
 
     fn manifest(&self, packages: &SystemPackages, kernel: String, host_key: String) -> Manifest {
         let created = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
-        let describe = |file: &PackageFile| format!("{} {}", file.package(), file.version());
-        let mut names: Vec<_> = packages.all.iter().map(describe).collect();
+        let mut names: Vec<_> = packages.all.iter().map(PackageFile::described).collect();
         names.sort();
         Manifest {
             version: VERSION,

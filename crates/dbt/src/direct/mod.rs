@@ -106,7 +106,7 @@ impl Pool {
         roots.extend(self.replaced.get(&gpa).into_iter().flatten());
         let Ok(Some(space)) = self.current(cpu) else { return };
         let replaced = space.look_through(cpu, va, gpa, roots);
-        if !replaced.is_empty() {
+        if let Some(replaced) = replaced.filter(|replaced| !replaced.is_empty()) {
             if self.replaced.len() >= REPLACED {
                 self.replaced.clear();
             }

@@ -201,32 +201,29 @@ impl Space {
     }
 
     /// Makes a page of code executable, if it is known what its suspicious bytes are. `roots` are offsets of instructions that
-    /// are executed; those that were replaced are given back. A page that user code can write gets no copy, as just-in-time
-    /// compilers read what they have written.
-    pub fn look_through(&mut self, cpu: &mut Cpu, va: u64, gpa: u64, roots: Vec<u16>) -> Vec<u16> {
+    /// are executed; those that were replaced are given back, `None` where the page is not executable. A page that user code
+    /// can write gets no copy, as just-in-time compilers read what they have written.
+    pub fn look_through(&mut self, cpu: &mut Cpu, va: u64, gpa: u64, roots: Vec<u16>) -> Option<Vec<u16>> {
         let (va, gpa) = (va & !(PAGE - 1), gpa & !(PAGE - 1));
-        let Some(found) = look(cpu, va).filter(|found| found.gpa & !(PAGE - 1) == gpa) else {
-            return Vec::new();
-        };
+        let found = look(cpu, va).filter(|found| found.gpa & !(PAGE - 1) == gpa)?;
         self.guard(cpu, gpa);
-        let Some(mut page) = code(cpu, va, gpa) else { return Vec::new() };
+        let mut page = code(cpu, va, gpa)?;
         let run = page_run(va, gpa, Rights { write: false, execute: true });
         let replaced = match scan::look(&page, roots) {
-            Verdict::Clean => Vec::new(),
-            Verdict::Replace(instructions) if !found.writable => instructions,
-            Verdict::Unknown | Verdict::Replace(_) => return Vec::new(),
-        };
-        if replaced.is_empty() {
-            self.map(run);
-        } else {
-            scan::replace(&mut page, &replaced);
-            if self.sandbox.map_copy(va, &page[..scan::PAGE]).is_err() {
-                return Vec::new();
+            Verdict::Clean => {
+                self.map(run);
+                Vec::new()
             }
-            self.enter(Run { copied: true, ..run });
-        }
+            Verdict::Replace(instructions) if !found.writable => {
+                scan::replace(&mut page, &instructions);
+                self.sandbox.map_copy(va, &page[..scan::PAGE]).ok()?;
+                self.enter(Run { copied: true, ..run });
+                instructions
+            }
+            Verdict::Unknown | Verdict::Replace(_) => return None,
+        };
         self.avoided.remove(&va);
-        replaced
+        Some(replaced)
     }
 
     fn unmap(&mut self, cpu: &mut Cpu, va: u64, size: u64) {

@@ -44,12 +44,6 @@ struct Key {
     mode: u32,
 }
 
-impl Key {
-    fn hash(&self) -> u64 {
-        hash(self)
-    }
-}
-
 /// See [`KeyHasher`].
 pub(super) fn hash(value: &impl Hash) -> u64 {
     let mut hasher = KeyHasher::default();
@@ -302,7 +296,7 @@ impl Blocks {
     }
 
     fn existing(&self, key: Key) -> Option<u32> {
-        self.by_key.find(key.hash(), |&id| self.blocks[id as usize].key() == key).copied()
+        self.by_key.find(hash(&key), |&id| self.blocks[id as usize].key() == key).copied()
     }
 
     /// Whether any block was made from the page at this host address.
@@ -402,12 +396,12 @@ impl Blocks {
     /// Makes a block known.
     fn add(&mut self, block: Block) -> u32 {
         let id = self.blocks.len() as u32;
-        let hash = block.key().hash();
+        let key = hash(&block.key());
         for page in [block.page, block.second].into_iter().filter(|&page| page != 0) {
             self.by_page.entry(page).or_default().push(id);
         }
         self.blocks.push(block);
-        self.by_key.insert_unique(hash, id, |&id| self.blocks[id as usize].key().hash());
+        self.by_key.insert_unique(key, id, |&id| hash(&self.blocks[id as usize].key()));
         id
     }
 
@@ -485,7 +479,7 @@ impl Blocks {
             // What was copied of it, or it of, depends on the same bytes.
             self.templates.remove(block.place());
             self.rewritten.dropped(block.place(), bytes.len());
-            if let Ok(entry) = self.by_key.find_entry(block.key().hash(), |&other| other == id) {
+            if let Ok(entry) = self.by_key.find_entry(hash(&block.key()), |&other| other == id) {
                 entry.remove();
             }
             self.unlink(id);

@@ -98,17 +98,11 @@ impl DbtVcpu {
         }
     }
 
-    /// User code is interrupted that does not run directly because it is not known what some bytes of its page are: more of
-    /// the page may be known by now.
+    /// User code is interrupted that would run directly, if it was known what some bytes of its page are: more of the page may
+    /// be known by now.
     pub(super) fn reconsider(&mut self) {
-        let cpu = &mut *self.cpu;
-        let root = cpu.root();
-        if cpu.mode.cpl == 3
-            && cpu.direct.wants(root)
-            && let Some(gpa) = self.direct.pool.reconsider(cpu)
-        {
-            let va = self.cpu.rip;
-            self.look_through(va, gpa);
+        if let Some(gpa) = self.direct.pool.reconsider(&mut self.cpu) {
+            self.look_through(self.cpu.rip, gpa);
         }
     }
 

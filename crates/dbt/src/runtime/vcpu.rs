@@ -181,12 +181,11 @@ impl DbtVcpu {
         if matches!(event, Event::Interrupt(_)) {
             let (root, user) = (self.cpu.root(), self.cpu.mode.cpl == 3);
             self.cpu.direct.interrupted(root, user, host_tsc());
-            self.reconsider();
             if !self.cpu.direct.wants(root) {
                 self.direct.place.leave();
+            } else if user {
+                self.reconsider();
             }
-        }
-        if matches!(event, Event::Interrupt(_)) {
             paravirt::steal::tell(&mut self.cpu);
         }
         interrupt::deliver(&mut self.cpu, event)
